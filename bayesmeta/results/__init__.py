@@ -1,0 +1,1 @@
+"""What the user holds: posteriors, predictions, files on disk and the export to ArviZ."""
