@@ -1,7 +1,7 @@
 # make demo, make test: each sets up .venv from requirements.lock on the first run and then starts at once.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check
 JOBS ?= 2
 
 .PHONY: demo test lint env
