@@ -1,4 +1,4 @@
-"""Re-encoding of data to the schema of a fit: order of columns, codes of levels, dtypes, placeholders of missing labels.
+"""Re-encoding of data to the schema of a fit: order of columns, codes of levels, dtypes, placeholders of labels.
 
 `Tasks.aligned` and `Tasks.at` call it; nothing here reads tables or makes batches.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data.ragged import Ragged
-from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Schema, default_names, dtype_of, listing, unknown, unseen_level
+from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Schema, default_names, dtype_of, listing, unseen_level
 from bayesmeta.data.values import Where, locate
 
 
@@ -37,7 +37,7 @@ def aligned_rows(data: Ragged, schema: Schema) -> dict[str, Tensor]:
     """
     own, where = data.schema, locate(data.names, data.offsets.numpy())
     rows = {"x": _cast(_inputs(data, schema, where), schema.dtypes["x"])}
-    y, observed = _ordered(data, "y", own.y, schema.y), _ordered(data, "observed", own.y, schema.y)
+    y, observed = _ordered(data, "y", schema), _ordered(data, "observed", schema)
     rows["y"] = _cast(torch.where(observed, y, schema.placeholder().to(y.dtype)), schema.dtypes["y"])
     rows["observed"] = observed
     for name in schema.columns:
@@ -69,48 +69,59 @@ def align_names(names: Sequence[str], others: Sequence[str]) -> list[str]:
     absent, surplus = sorted(set(names) - set(others)), sorted(set(others) - set(names))
     if absent or surplus:
         raise ValueError(
-            f"x: Tasks at which to predict must have the same names; missing: {listing(absent)}; surplus: {listing(surplus)}. "
-            "Select the tasks in both by the same names"
+            f"x: Tasks at which to predict must have the same names; missing: {listing(absent)}; "
+            f"surplus: {listing(surplus)}. Select the tasks in both by the same names"
         )
     return list(names)
 
 
 def _check_present(role: str, name: str, own: Sequence[str]) -> None:
     if name not in own:
-        raise ValueError(f"{role}: the fit needs the column {name!r}, these data lack it; read it as one of {role}. {unknown(role, name, own)}")
+        raise ValueError(
+            f"{role}: the fit needs the column {name!r}, these data have {listing(own)} as {role}; "
+            "read it as one of them"
+        )
 
 
 def _inputs(data: Ragged, schema: Schema, where: Where) -> Tensor:
     own = data.schema
-    x = _ordered(data, "x", own.x, schema.x)
+    x = _ordered(data, "x", schema)
     if not any(name in own.levels or name in schema.levels for name in schema.x) or not len(x):
         return x
     names = schema.x if set(schema.x) <= set(own.x) else own.x
     parts = x.reshape(len(x), -1).unbind(1)
     pairs = zip(names, schema.x, parts, strict=True)
-    return torch.stack([_recoded(part, name, new, own, schema, where).double() for name, new, part in pairs], 1).reshape(x.shape)
+    return torch.stack(
+        [_recoded(part, name, new, own, schema, where).double() for name, new, part in pairs], 1
+    ).reshape(x.shape)
 
 
-def _ordered(data: Ragged, key: str, own: Sequence[str], wanted: Sequence[str]) -> Tensor:
+def _ordered(data: Ragged, key: str, schema: Schema) -> Tensor:
     """Returns inputs or labels with the entries that `wanted` names; array data have no names of their own."""
     values, kind = data.rows[key], "x" if key == "x" else "y"
-    shape = data.schema.x_shape if kind == "x" else data.schema.y_shape
-    target = tuple(own), tuple(wanted)
-    if target[0] == target[1]:
-        return values
-    if shape == (len(own),) and set(wanted) <= set(own) and wanted:
+    own, wanted = (getattr(schema, kind) for schema in (data.schema, schema))
+    shape, target = (getattr(schema, f"{kind}_shape") for schema in (data.schema, schema))
+    if not len(values):
+        return values.new_zeros((0, *target))
+    if own != wanted and len(own) > 1 and shape == (len(own),) and target == (len(wanted),) and set(wanted) <= set(own):
         return values[:, [own.index(name) for name in wanted]]
-    unnamed = target[0] == default_names(kind, shape) or target[1] == default_names(kind, (len(wanted),))
-    if unnamed and len(own) == len(wanted):
-        return values
-    raise ValueError(f"{kind}: the fit has {listing(wanted)}, these data have {listing(own)}; read the same columns as {kind}")
+    unnamed = own == default_names(kind, shape) or wanted == default_names(kind, target)
+    if own != wanted and not unnamed:
+        raise ValueError(
+            f"{kind}: the fit has {listing(wanted)}, these data {listing(own)}; read the same columns as {kind}"
+        )
+    if shape != target and {shape, target} != {(), (1,)}:
+        raise ValueError(f"{kind}: the fit has the shape {target} a row, these data {shape}; make them alike")
+    return values.reshape(len(values), *target)
 
 
 def _column(values: Tensor, key: str, own: Schema, schema: Schema, where: Where) -> Tensor:
     name = key.split(":", 1)[1]
     shape = torch.tensor(schema.example[key]).shape
     if len(values) and values.shape[1:] != shape:
-        raise ValueError(f"column {name!r}: expected the shape {tuple(shape)} a row or task, got {tuple(values.shape[1:])}")
+        raise ValueError(
+            f"column {name!r}: expected the shape {tuple(shape)} a row or task, got {tuple(values.shape[1:])}"
+        )
     recoded = _recoded(values.reshape(len(values), *shape), name, name, own, schema, where)
     return _cast(recoded, schema.dtypes[key])
 

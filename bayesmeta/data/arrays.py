@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data.ragged import Ragged, offsets_of
-from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Schema, default_names, listing, unknown
+from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Levels, Schema, default_names, listing, unknown
 from bayesmeta.data.values import Where, covariate, inputs, labels, locate, weights, with_example
 
 
@@ -35,7 +35,9 @@ def to_numpy(value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError:
-        raise ValueError("expected an array with one shape for all rows, got rows of different shapes; pad or split them") from None
+        raise ValueError(
+            "expected rows of one shape in each task, got rows of different shapes; make them alike"
+        ) from None
     return array.astype(object) if array.dtype.kind in "US" else array
 
 
@@ -54,20 +56,28 @@ def flatten(name: str, arrays: Sequence[Any], names: Sequence[str]) -> tuple[np.
         ValueError: If the number of arrays is wrong, or their rows differ in shape or kind.
     """
     if len(arrays) != len(names):
-        raise ValueError(f"{name}: expected one array a task, {len(names)} in all, got a list of different length, {len(arrays)}")
+        raise ValueError(f"{name}: expected one array a task, {len(names)} in all, got a list of length {len(arrays)}")
     parts = [to_numpy(value) for value in arrays]
     flat = next((t for t, part in enumerate(parts) if part.ndim == 0), None)
     if flat is not None:
-        raise ValueError(f"{name}: expected an array with one entry a row, got a single value for task {names[flat]!r}; wrap it in a list")
+        raise ValueError(
+            f"{name}: expected an array with one entry a row, got a single value for task {names[flat]!r}; "
+            "wrap it in a list"
+        )
     filled = [part for part in parts if len(part)] or parts[:1]
     shape = filled[0].shape[1:]
     for task, part in zip(names, parts, strict=True):
         if len(part) and part.shape[1:] != shape:
-            raise ValueError(f"{name}: expected rows of one shape, got {shape} and, in task {task!r}, {part.shape[1:]}; make them alike")
+            raise ValueError(
+                f"{name}: expected rows of one shape, got {shape} and, in task {task!r}, {part.shape[1:]}; "
+                "make them alike"
+            )
     return np.concatenate(filled), np.array([len(part) for part in parts])
 
 
-def read_arrays(x: Sequence[Any] | None, y: Sequence[Any], names: Sequence[str] | None, extras: Extras, missing: str) -> Ragged:
+def read_arrays(
+    x: Sequence[Any] | None, y: Sequence[Any], names: Sequence[str] | None, extras: Extras, missing: str
+) -> Ragged:
     """Reads lists with one array a task; see `Tasks.from_arrays`.
 
     Raises:
@@ -81,21 +91,20 @@ def read_arrays(x: Sequence[Any] | None, y: Sequence[Any], names: Sequence[str] 
     rows: dict[str, Tensor] = {}
     values = np.zeros((len(flat_y), 0)) if x is None else reader.flat("x", x)
     x_names = default_names("x", values.shape[1:])
-    rows["x"], levels = inputs(x_names, values, None, where)
+    rows["x"], x_levels = inputs(x_names, values, None, where)
     rows["y"], rows["observed"] = labels("y", flat_y, missing, where)
-    columns, found = reader.columns(extras.columns, None)
+    columns, column_levels = reader.columns(extras.columns, None)
     rows |= columns
-    levels |= found
     if extras.weight is not None:
         rows["weight"] = weights("weight", reader.flat("weight", extras.weight), where)
-    per_task, found = _per_task(extras, labelled)
+    per_task, task_levels = _per_task(extras, labelled)
     fields = {
         "task": "task",
         "x": x_names,
         "y": default_names("y", flat_y.shape[1:]),
         "columns": tuple(extras.columns),
         "task_columns": tuple(extras.task_columns),
-        "levels": levels | found,
+        "levels": {**x_levels, **column_levels, **task_levels},
         "x_shape": values.shape[1:],
         "y_shape": flat_y.shape[1:],
         "missing": missing == "mask",
@@ -116,10 +125,12 @@ def check_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
         raise ValueError("y is empty: expected one array a task, got no tasks")
     labelled = tuple(map(str, range(count) if names is None else names))
     if len(labelled) != count:
-        raise ValueError(f"names: expected one name a task, {count} in all, got a list of different length, {len(labelled)}")
+        raise ValueError(f"names: expected one name a task, {count} in all, got a list of length {len(labelled)}")
     if len(set(labelled)) < count:
         twice = [name for index, name in enumerate(labelled) if name in labelled[:index]]
-        raise ValueError(f"duplicated names: {listing(dict.fromkeys(twice))} stand for several tasks; make names unique")
+        raise ValueError(
+            f"duplicated names: {listing(dict.fromkeys(twice))} stand for several tasks; make names unique"
+        )
     return labelled
 
 
@@ -136,20 +147,22 @@ class _Reader:
         wrong = np.flatnonzero(sizes != self.sizes)
         if len(wrong):
             t = int(wrong[0])
-            raise ValueError(f"{name}: expected {self.sizes[t]} rows in task {self.names[t]!r}, got {sizes[t]}; give one entry a row")
+            raise ValueError(
+                f"{name}: expected {self.sizes[t]} rows in task {self.names[t]!r}, got {sizes[t]}; give one entry a row"
+            )
         return values
 
-    def columns(self, given: Mapping[str, Sequence[Any]], known: Schema | None) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    def columns(self, given: Mapping[str, Sequence[Any]], known: Levels | None) -> tuple[dict[str, Tensor], Levels]:
         rows: dict[str, Tensor] = {}
         levels: dict[str, tuple[str, ...]] = {}
         for name, arrays in given.items():
             flat = self.flat(name, arrays)
-            rows[f"{COLUMN}{name}"], found = covariate(name, flat, known and known.levels, self.where)
+            rows[f"{COLUMN}{name}"], found = covariate(name, flat, known, self.where)
             levels |= found
         return rows, levels
 
 
-def _per_task(extras: Extras, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+def _per_task(extras: Extras, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Levels]:
     per_task: dict[str, Tensor] = {}
     levels: dict[str, tuple[str, ...]] = {}
 
@@ -169,7 +182,9 @@ def _per_task(extras: Extras, names: tuple[str, ...]) -> tuple[dict[str, Tensor]
 def _one_a_task(name: str, given: Any, count: int) -> np.ndarray:
     values = to_numpy(given)
     if values.ndim == 0 or len(values) != count:
-        raise ValueError(f"{name}: expected one value a task, {count} in all, got the shape {values.shape}")
+        raise ValueError(
+            f"{name}: expected one value a task, {count} in all, got the shape {values.shape}; make them alike"
+        )
     return values
 
 
@@ -177,10 +192,15 @@ def _check_distinct(fields: Mapping[str, Any]) -> None:
     groups = [name for key in ("x", "y", "columns", "task_columns") for name in fields[key]]
     twice = {name for name in groups if groups.count(name) > 1}
     if twice:
-        raise ValueError(f"duplicated names: {listing(sorted(twice))} stand for several columns (x and y are taken); rename them")
+        raise ValueError(
+            f"duplicated names: {listing(sorted(twice))} stand for several columns; rename them "
+            "(x and y have names too)"
+        )
 
 
-def new_rows(x: Any, columns: Mapping[str, Any] | None, schema: Schema, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+def new_rows(
+    x: Any, columns: Mapping[str, Any] | None, schema: Schema, names: tuple[str, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns rows at which to predict.
 
     Args:
@@ -199,10 +219,14 @@ def new_rows(x: Any, columns: Mapping[str, Any] | None, schema: Schema, names: t
     _check_columns(given, x, schema)
     repeated = {name: _for_all(name, value, len(names)) for name, value in given.items()}
     known = repeated[next(iter(repeated))] if x is None else _for_all("x", x, len(names))
-    sizes = np.array([len(to_numpy(part)) for part in known]) if isinstance(known, list) else np.full(len(names), len(known))
+    sizes = (
+        np.array([len(to_numpy(part)) for part in known])
+        if isinstance(known, list)
+        else np.full(len(names), len(known))
+    )
     offsets = offsets_of(torch.from_numpy(sizes))
     reader = _Reader(names, sizes, locate(names, offsets.numpy()))
-    rows, _ = reader.columns({name: _listed(value, len(names)) for name, value in repeated.items()}, schema)
+    rows, _ = reader.columns({name: _listed(value, len(names)) for name, value in repeated.items()}, schema.levels)
     count = int(offsets[-1])
     values = np.zeros((count, 0)) if x is None else _inputs_shaped(reader.flat("x", _listed(known, len(names))), schema)
     rows["x"], _ = inputs(schema.x or ("x",), values, schema.levels, reader.where)
@@ -218,11 +242,18 @@ def _check_columns(given: Mapping[str, Any], x: Any, schema: Schema) -> None:
             raise ValueError(unknown("column", name, schema.columns))
     absent = [name for name in schema.columns if name not in given]
     if absent:
-        raise ValueError(f"columns: the new rows need {listing(absent)} too, as the data had; pass columns={{{absent[0]!r}: …}}")
+        raise ValueError(
+            f"columns: the new rows need {listing(absent)} too, as the data had; pass columns={{{absent[0]!r}: …}}"
+        )
     if x is None and schema.x_shape != (0,):
-        raise ValueError(f"x: expected the inputs {listing(schema.x)} of the new rows, got None; pass x of shape (M, *{schema.x_shape})")
+        raise ValueError(
+            f"x: expected the inputs {listing(schema.x)} of the new rows, got None; "
+            f"pass x of shape (M, *{schema.x_shape})"
+        )
     if x is None and not given:
-        raise ValueError("x: the number of new rows is unknown, there being neither x nor columns; pass x of shape (M, 0)")
+        raise ValueError(
+            "x: expected x or columns, got neither; to say how many rows M are new, pass x of shape (M, 0)"
+        )
 
 
 def _for_all(name: str, value: Any, count: int) -> np.ndarray | list[Any]:
@@ -232,7 +263,7 @@ def _for_all(name: str, value: Any, count: int) -> np.ndarray | list[Any]:
         if array.ndim == 0:
             raise ValueError(f"{name}: expected an array with one entry a row, got a single value; wrap it in an array")
         return array
-    if len(value) != count or any(np.ndim(part) == 0 for part in value):
+    if len(value) != count or any(to_numpy(part).ndim == 0 for part in value):
         raise ValueError(
             f"{name}: a list must hold one array a task, {count} in all, got {len(value)} entries; "
             "for the same rows in all tasks pass an array"
@@ -251,5 +282,7 @@ def _inputs_shaped(values: np.ndarray, schema: Schema) -> np.ndarray:
     if values.ndim == 1 and schema.x_shape == (1,):
         values = values[:, None]
     if values.shape[1:] != schema.x_shape:
-        raise ValueError(f"x: expected rows of shape {schema.x_shape} ({listing(schema.x)}), got {values.shape[1:]}")
+        raise ValueError(
+            f"x: expected rows of shape {schema.x_shape} ({listing(schema.x)}), got {values.shape[1:]}; reshape x"
+        )
     return values

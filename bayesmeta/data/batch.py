@@ -1,7 +1,7 @@
 """A padded batch of tasks: what a model function receives.
 
-Everything a model can reach comes from `Batch.tensors`, so that a recorded graph is fed by `Batch.replace`. Here live the
-plates, the masks and the weights. `Tasks.batch` makes batches; nothing here knows how data are read.
+Everything a model can reach comes from `Batch.tensors`, so that a recorded graph is fed by `Batch.replace`.
+Here live the plates, the masks and the weights. `Tasks.batch` makes batches; nothing here knows how data are read.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Batch:
     """T tasks, padded to N rows with real rows, so that every entry lies inside every support.
 
     Attributes:
-        tensors: "x" `(T,N,*dx)`, "y" `(T,N,*dy)`, "mask" `(T,N)`, "observed" `(T,N,*dy)`, "n" `(T,)`, and where there are
-            any "weight" `(T,N)`, "task_weight" `(T,1)`, "column:<name>" `(T,N,…)`, "task_column:<name>" `(T,1,…)`.
+        tensors: "x" `(T,N,*dx)`, "y" `(T,N,*dy)`, "mask" `(T,N)`, "observed" `(T,N,*dy)`, "n" `(T,)`, and where there
+            are any "weight" `(T,N)`, "task_weight" `(T,1)`, "column:<name>" `(T,N,…)`, "task_column:<name>" `(T,1,…)`.
         names: One name a task.
         schema: Names, shapes and levels.
 
@@ -119,7 +119,8 @@ class Batch:
     def observations(self) -> Iterator[Any]:
         """The plate over rows, "obs" at dimension -1.
 
-        Padding is masked, for one output missing labels too (several: see `output`), and row weights scale the observed sites.
+        Padding is masked, for one output missing labels too (several: see `output`), and row weights scale the observed
+        sites.
         """
         mask = self.mask & self.observed if self.y.dim() == self.mask.dim() else self.mask
         with pyro.plate("obs", self.mask.shape[1], dim=-1) as plate, poutine.mask(mask=mask), self._scaled("weight"):
@@ -145,10 +146,11 @@ class Batch:
         Raises:
             ValueError: If there is no such output.
         """
-        index = self.schema.y.index(k) if isinstance(k, str) and k in self.schema.y else k
         count = self.schema.y_shape[0] if self.schema.y_shape else 1
+        names = self.schema.y if len(self.schema.y) == count else ()
+        index = names.index(k) if isinstance(k, str) and k in names else k
         if isinstance(index, str) or not -count <= index < count:
-            raise ValueError(f"{unknown('output', k, self.schema.y)} Outputs are counted 0 … {count - 1}")
+            raise ValueError(f"{unknown('output', k, names)} Outputs are counted 0 … {count - 1}")
         if not self.schema.y_shape:
             return self.y, self.observed
         return self.y[:, :, index], self.observed[:, :, index]

@@ -1,6 +1,7 @@
 """Episodes: a context and a target of the same tasks, as objectives that score held-out rows receive them.
 
-Here live the episode and its random drawing; which rows are context is decided in `ragged.py`, how they are padded in `tasks.py`.
+Here live the episode and its random drawing; which rows are context is decided in `ragged.py`, how they are
+padded in `tasks.py`.
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ def split_rows(tasks: Tasks, context: int | float, generator: torch.Generator) -
 
 
 def draw_tasks(tasks: Tasks, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Draws positions of `count` distinct tasks, all equally likely; all tasks in random order where there are fewer."""
+    """Draws positions of `count` distinct tasks, all equally likely; all in random order if there are fewer."""
     return torch.randperm(len(tasks), generator=generator)[:count]
 
 
-def draw_episode(tasks: Tasks, idx: Any, *, context: tuple[int, int], generator: torch.Generator, rows: int | None = None) -> Episode:
+def draw_episode(
+    tasks: Tasks, idx: Any, *, context: tuple[int, int], generator: torch.Generator, rows: int | None = None
+) -> Episode:
     """Draws an episode of these tasks, with a context size for each task.
 
     The size is uniform on lo … hi, cut to n - 1, so that every task with rows keeps a target.

@@ -1,7 +1,8 @@
 """Fingerprints of tasks: by them a fit knows again the data it has learned from.
 
-A fingerprint covers all data of a task in the order of its rows (inputs, labels, columns, task columns, weights), but not its name, nor how
-text is coded, nor whether whole numbers are stored as floats, nor what stands in for a missing label.
+A fingerprint covers all data of a task in the order of its rows (inputs, labels, columns, task columns, weights), but
+not its name, nor how text is coded, nor whether whole numbers are stored as floats, nor what stands in for a missing
+label.
 """
 
 from __future__ import annotations
@@ -36,11 +37,24 @@ def collection_fingerprint(parts: Iterable[str]) -> str:
     return hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
 
 
+class Origin:
+    """The collection that tasks without given names come from; its fingerprint is computed when first asked for."""
+
+    def __init__(self, data: Ragged | None, key: str | None = None) -> None:
+        self._data, self._key = data, key
+
+    @property
+    def key(self) -> str:
+        """The fingerprint of the collection."""
+        if self._key is None and self._data is not None:
+            self._key, self._data = collection_fingerprint(fingerprints(self._data)), None
+        return str(self._key)
+
+
 def _bytes(key: str, values: Tensor, schema: Schema) -> tuple[memoryview, int]:
     """Returns the bytes of a tensor, text as hashes of its levels, and how many there are in a row."""
-    if values.dtype == torch.bool:
-        array = values.numpy().astype(np.uint8)
-    else:
+    array: np.ndarray = values.numpy()
+    if values.dtype != torch.bool:
         array = _texts_hashed(key, values, schema).double().numpy() + 0.0  # makes -0.0 equal to 0.0
     width = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
     return memoryview(array.tobytes()), width

@@ -1,16 +1,20 @@
 """Flat storage of ragged tasks and the index arithmetic on it: no names of files, no messages about columns.
 
-Rows of all tasks lie one after the other; task t owns the rows `offsets[t] … offsets[t+1]`. `Tasks` is the interface to this.
+Rows of all tasks lie one after the other; task t owns the rows `offsets[t] … offsets[t+1]`. `Tasks` is the
+interface to this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesmeta.data.schema import Schema
+from bayesmeta.data.schema import Schema, listing
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def without_weights(data: Ragged) -> Ragged:
 def gather(data: Ragged, index: Tensor, rows: int) -> dict[str, Tensor]:
     """Returns the tensors of a `Batch` of the tasks at `index` `(S,)`, padded to `rows`.
 
-    Padding repeats the last row of its task; a task without rows repeats the first row of the table, or the schema's example.
+    Padding repeats the last row of its task; a task without rows repeats the first row of the table, or the
+    schema's example.
     """
     n = data.sizes[index]
     position = torch.arange(rows)
@@ -112,8 +117,40 @@ def context_counts(sizes: Tensor, context: int | float) -> Tensor:
     Raises:
         ValueError: If `context` is neither a count from 0 nor a fraction between 0 and 1.
     """
-    if isinstance(context, int) and not isinstance(context, bool) and context >= 0:
-        return sizes.clamp(max=context)
+    rows = whole(context)
+    if rows is not None and rows >= 0:
+        return sizes.clamp(max=rows)
     if isinstance(context, float) and 0.0 <= context <= 1.0:
         return (sizes * context + 0.5).floor().long()
-    raise ValueError(f"context: expected a number of rows (0, 1, 2, …) or a fraction between 0.0 and 1.0, got {context!r}")
+    raise ValueError(
+        f"context: expected a number of rows (0, 1, 2, …) or a fraction between 0.0 and 1.0, got {context!r}"
+    )
+
+
+def whole(value: object) -> int | None:
+    """Returns a whole number of Python or NumPy as int; None for anything else, bools included."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def to_state(data: Ragged) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the storage as tensors and JSON-able data."""
+    tensors = {f"rows/{key}": value for key, value in data.rows.items()}
+    tensors |= {f"tasks/{key}": value for key, value in data.per_task.items()}
+    return tensors | {"offsets": data.offsets}, {"names": list(data.names), "schema": data.schema.to_json()}
+
+
+def from_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Ragged:
+    """Reads what `to_state` returned.
+
+    Raises:
+        ValueError: If a part is missing.
+    """
+    absent = sorted({"offsets", "rows/x", "rows/y", "rows/observed"} - set(tensors))
+    absent += sorted({"names", "schema"} - set(plain))
+    if absent:
+        raise ValueError(f"stored tasks: {listing(absent)} missing; the file is damaged")
+    rows, per_task = (
+        {key.removeprefix(head): tensors[key] for key in tensors if key.startswith(head)}
+        for head in ("rows/", "tasks/")
+    )
+    return Ragged(tuple(plain["names"]), tensors["offsets"], rows, per_task, Schema.from_json(plain["schema"]))

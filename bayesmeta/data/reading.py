@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import narwhals as nw
 import numpy as np
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from bayesmeta.data.ragged import Ragged, task_of_row
-from bayesmeta.data.schema import COLUMN, TASK_COLUMN, listing, unknown
+from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Levels, listing, unknown
 from bayesmeta.data.values import Where, covariate, floating, labels, locate, weights, with_example
 
-
-Covariates = dict[str, tuple[Tensor, dict[str, tuple[str, ...]]]]
+Covariates = dict[str, tuple[Tensor, Levels]]
+_BACKENDS = ("pandas", "polars", "pyarrow")
 _TOGETHER = {"x", "columns", "weight"}
 
 
@@ -123,23 +123,31 @@ def _frame(df: Any) -> tuple[nw.DataFrame[Any], list[str]]:
         return table, table.columns
     except TypeError:
         kind = type(df).__name__
-        raise ValueError(f"df: expected a dataframe (pandas, polars, pyarrow, …), got {kind}; for arrays use Tasks.from_arrays") from None
+        raise ValueError(
+            f"df: expected a dataframe (pandas, polars, pyarrow, …), got {kind}; for arrays use Tasks.from_arrays"
+        ) from None
     except nw.exceptions.DuplicateError as error:
-        raise ValueError(f"duplicated column names in the table; rename them ({error})") from None
+        raise ValueError(f"duplicated names in the table, {error}; rename these columns") from None
 
 
 def _group(series: nw.Series[Any]) -> tuple[tuple[str, ...], Tensor, np.ndarray | None]:
     """Returns names in order of first appearance, offsets, and the stable order of rows (None: as they are)."""
+    if _has_nulls(series):
+        row = series.is_null().to_list().index(True)
+        raise ValueError(f"task column {series.name!r}: row {row} of the table has no task; drop or name such rows")
     values = series.to_list()
     codes: dict[Any, int] = {}
-    task = np.fromiter((codes.setdefault(value, len(codes)) for value in values), np.int64, count=len(values))
-    if any(value is None or value != value for value in codes):
-        row = next(i for i, value in enumerate(values) if value is None or value != value)
-        raise ValueError(f"task column {series.name!r}: row {row} of the table has no task; drop or name such rows")
+    try:
+        task = np.fromiter((codes.setdefault(value, len(codes)) for value in values), np.int64, count=len(values))
+    except TypeError:
+        kind = type(values[0]).__name__
+        raise ValueError(f"task column {series.name!r}: expected text or numbers, got {kind}; name another") from None
     names = tuple(map(str, codes))
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"duplicated names: the values {listing(twice)} of {series.name!r} read the same as text; rename them")
+        raise ValueError(
+            f"duplicated names: several values of {series.name!r} read {listing(twice)} as text; rename them"
+        )
     offsets = torch.from_numpy(np.concatenate([[0], np.bincount(task).cumsum()]))
     grouped = bool((np.diff(task) >= 0).all())
     return names, offsets, None if grouped else np.argsort(task, kind="stable")
@@ -157,13 +165,14 @@ def _plain(series: nw.Series[Any]) -> np.ndarray:
         return (series.cast(nw.Float64) if _has_nulls(series) or dtype.is_decimal() else series).to_numpy()
     cells = series.to_list()
     if dtype in (nw.String, nw.Categorical, nw.Enum):
-        return np.array([value if value is None or value != value else str(value) for value in cells] + [None], object)[:-1]
+        absent = series.is_null().to_list()
+        return np.array([None if gone else str(value) for value, gone in zip(cells, absent, strict=True)], object)
     if dtype.is_temporal():
-        raise ValueError(f"column {series.name!r}: expected numbers or text, got {dtype}; turn times into numbers, for example days")
+        raise ValueError(f"column {series.name!r}: expected numbers or text, got {dtype}; turn times into numbers")
     present = [value for value in cells if value is not None]
     if present and isinstance(present[0], (list, tuple, np.ndarray)):
         return _stacked(series.name, cells)
-    return np.array([np.nan if value is None else value for value in cells] + [""], object)[:-1]
+    return np.array([np.nan if value is None else value for value in cells], object)
 
 
 def _has_nulls(series: nw.Series[Any]) -> bool:
@@ -174,7 +183,10 @@ def _stacked(name: str, cells: list[Any]) -> np.ndarray:
     shapes = [np.shape(value) for value in cells]
     odd = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
     if odd is not None:
-        raise ValueError(f"column {name!r}: expected arrays of one shape, got {shapes[0]} in row 0 and {shapes[odd]} in row {odd} of the table")
+        raise ValueError(
+            f"column {name!r}: expected arrays of one shape, got {shapes[0]} in row 0 and {shapes[odd]} in row {odd} "
+            "of the table; make them alike"
+        )
     return np.stack([np.asarray(value) for value in cells])
 
 
@@ -184,7 +196,9 @@ def _ordered(series: nw.Series[Any]) -> dict[str, tuple[str, ...]] | None:
     return {series.name: tuple(map(str, dtype.categories))} if isinstance(dtype, nw.Enum) else None
 
 
-def _rows(cells: dict[str, np.ndarray], columns: Covariates, roles: Roles, missing: str, where: Where) -> dict[str, Tensor]:
+def _rows(
+    cells: dict[str, np.ndarray], columns: Covariates, roles: Roles, missing: str, where: Where
+) -> dict[str, Tensor]:
     outputs = [labels(name, cells[name], missing, where) for name in roles.outputs]
     rows = {"x": _side_by_side(named(roles.x), columns, len(outputs[0][0]))}
     single = isinstance(roles.y, str)
@@ -201,7 +215,10 @@ def _side_by_side(names: tuple[str, ...], columns: Covariates, count: int) -> Te
     parts = [columns[name][0] for name in names]
     wide = [name for name, part in zip(names, parts, strict=True) if part.dim() > 1]
     if wide and len(names) > 1:
-        raise ValueError(f"x: {wide[0]!r} holds arrays, so it must be the only input, got {listing(names)}; move the others to columns")
+        raise ValueError(
+            f"x: {wide[0]!r} holds arrays, so it must be the only input, got {listing(names)}; "
+            "move the others to columns"
+        )
     if wide:
         return torch.from_numpy(floating(parts[0].numpy()))
     return torch.stack(parts, 1).double() if parts else torch.zeros(count, 0, dtype=torch.float64)
@@ -244,15 +261,20 @@ def write_table(data: Ragged, backend: str) -> Any:
     table: dict[str, Any] = {schema.task: [data.names[t] for t in task.tolist()]}
     table |= _inputs_and_labels(data)
     table |= {name: _values(data.rows[f"{COLUMN}{name}"], schema.levels.get(name)) for name in schema.columns}
-    table |= {name: _values(data.per_task[f"{TASK_COLUMN}{name}"][task], schema.levels.get(name)) for name in schema.task_columns}
+    table |= {
+        name: _values(data.per_task[f"{TASK_COLUMN}{name}"][task], schema.levels.get(name))
+        for name in schema.task_columns
+    }
     if schema.weight is not None:
         table[schema.weight] = data.rows["weight"].numpy()
     if schema.task_weight is not None:
         table[schema.task_weight] = data.per_task["task_weight"][task].numpy()
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend: expected one of {listing(_BACKENDS)}, got {backend!r}")
     try:
-        return nw.from_dict(table, backend=backend).to_native()
-    except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f'backend: expected "pandas", "polars" or "pyarrow", installed, got {backend!r} ({error})') from error
+        return nw.from_dict(table, backend=cast(Any, backend)).to_native()
+    except ImportError as error:
+        raise ValueError(f"backend: {backend!r} is not installed; install it or name another of {_BACKENDS}") from error
 
 
 def _inputs_and_labels(data: Ragged) -> dict[str, Any]:

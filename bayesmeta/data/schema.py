@@ -1,7 +1,7 @@
 """What the columns of a collection of tasks are called, how they are shaped and how text is coded.
 
-A `Schema` holds no data except one real row, the example, which pads tasks that have no rows. `Tasks` and `Batch` carry it,
-a fit stores it as JSON, and new data are re-encoded to it.
+A `Schema` holds no data except one real row, the example, which pads tasks that have no rows. `Tasks` and `Batch`
+carry it, a fit stores it as JSON, and new data are re-encoded to it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 COLUMN = "column:"
 TASK_COLUMN = "task_column:"
+Levels = Mapping[str, tuple[str, ...]]
 _TUPLES = ("x", "y", "columns", "task_columns", "x_shape", "y_shape")
 
 

@@ -16,8 +16,8 @@ def indices(selection: Any, positions: Mapping[str, int]) -> Tensor:
     """Returns the indices int64 `(S,)` of the selected tasks.
 
     Args:
-        selection: A name, a position (negative: from the end), a slice, or a list or array of names, of positions, or of bools
-            (one a task).
+        selection: A name, a position (negative: from the end), a slice, or a list or array of names, of positions, or
+            of bools (one a task).
         positions: The position of each name.
 
     Raises:
@@ -57,7 +57,9 @@ def _positions_of(mask: np.ndarray, count: int) -> np.ndarray:
 
 def _integers(array: np.ndarray, selection: Any) -> np.ndarray:
     if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
-        raise ValueError(f"tasks[…]: expected a name, a position, a slice, or a list of names, positions or bools, got {selection!r}")
+        raise ValueError(
+            f"tasks[…]: expected a name, a position, a slice, or a list of names, positions or bools, got {selection!r}"
+        )
     return array.astype(np.int64)
 
 

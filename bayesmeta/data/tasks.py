@@ -1,7 +1,8 @@
 """Many small, related data sets: what a user hands to `fit` and to `posterior`.
 
-`Tasks` is the interface: reading, selecting, splitting and padding tasks. How tables and lists are read is in `reading.py` and `arrays.py`,
-how rows are stored in `ragged.py`, how data are re-encoded to a fit in `alignment.py`. Everything to the right of this room calls it.
+`Tasks` is the interface: reading, selecting, splitting and padding tasks. How tables and lists are read is in
+`reading.py` and `arrays.py`, how rows are stored in `ragged.py`, how data are re-encoded to a fit in `alignment.py`.
+Everything to the right of this room calls it.
 """
 
 from __future__ import annotations
@@ -18,33 +19,31 @@ from torch import Tensor
 from bayesmeta.data.alignment import align, align_names, aligned_rows
 from bayesmeta.data.arrays import Extras, check_names, new_rows, read_arrays
 from bayesmeta.data.batch import Batch
-from bayesmeta.data.fingerprints import collection_fingerprint, fingerprints
-from bayesmeta.data.ragged import Ragged, choose_rows, context_counts, gather, subset, take_rows, without_weights
+from bayesmeta.data.fingerprints import Origin, fingerprints
+from bayesmeta.data.ragged import (
+    Ragged,
+    choose_rows,
+    context_counts,
+    from_state,
+    gather,
+    subset,
+    take_rows,
+    to_state,
+    whole,
+    without_weights,
+)
 from bayesmeta.data.reading import Roles, read_table, write_table
-from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Schema, listing
+from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Schema
 from bayesmeta.data.selection import indices
 from bayesmeta.data.values import refreshed
-
-
-class _Origin:
-    """The collection that tasks without given names come from; its fingerprint is computed when first asked for."""
-
-    def __init__(self, data: Ragged | None, key: str | None = None) -> None:
-        self._data, self._key = data, key
-
-    @property
-    def key(self) -> str:
-        if self._key is None and self._data is not None:
-            self._key, self._data = collection_fingerprint(fingerprints(self._data)), None
-        return str(self._key)
 
 
 class Tasks:
     """T tasks with R rows in all, each with inputs x and labels y.
 
-    Make one with `from_dataframe` or `from_arrays`. Tasks are in order of first appearance, rows within a task as they came.
-    Floating data are float64 (float32 images stay float32), labels and columns of whole numbers or bools int64, text is codes.
-    Inputs are always floating, text among them too.
+    Make one with `from_dataframe` or `from_arrays`. Tasks are in order of first appearance, rows within a task as they
+    came. Floating data are float64 (float32 images stay float32), labels and columns of whole numbers or bools int64,
+    text is codes. Inputs are always floating, text among them too: an index belongs in `columns`.
 
     Example:
         >>> tasks = Tasks.from_arrays([[0.0, 1.0], [2.0]], [[1.0, 3.0], [5.0]], names=["a", "b"])
@@ -52,7 +51,7 @@ class Tasks:
         (2, [2])
     """
 
-    def __init__(self, data: Ragged, origin: _Origin | None, index: Tensor) -> None:
+    def __init__(self, data: Ragged, origin: Origin | None, index: Tensor) -> None:
         """Wraps storage; users call `from_dataframe` or `from_arrays`.
 
         Args:
@@ -90,7 +89,8 @@ class Tasks:
             missing: "error", or "mask" to keep NaN labels as missing.
 
         Raises:
-            ValueError: If the table is empty, a column is unknown, repeated or of the wrong kind, or values are not finite.
+            ValueError: If the table is empty, a column is unknown, repeated or of the wrong kind, or values are not
+                finite.
         """
         data = read_table(df, Roles(task, y, x, columns, task_columns, weight, task_weight), missing)
         return cls(data, None, torch.arange(len(data.names)))
@@ -125,7 +125,7 @@ class Tasks:
         """
         extras = Extras(columns or {}, task_columns or {}, weight, task_weight)
         data = read_arrays(x, y, names, extras, missing)
-        return cls(data, _Origin(data) if names is None else None, torch.arange(len(data.names)))
+        return cls(data, Origin(data) if names is None else None, torch.arange(len(data.names)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -200,9 +200,10 @@ class Tasks:
             ValueError: If a name is unknown, a position out of range, a task selected twice, or none selected.
         """
         index = indices(selection, self._positions)
-        if len(index) > 1 and len(index.unique()) < len(index):
-            twice = next(i for i in index.tolist() if int((index == i).sum()) > 1)
-            raise ValueError(f"tasks[…]: task {self.names[twice]!r} is selected twice; `batch` may repeat tasks, Tasks may not")
+        counts = torch.bincount(index)
+        if int(counts.max()) > 1:
+            twice = self.names[int(counts.argmax())]
+            raise ValueError(f"duplicated names: task {twice!r} is selected twice; select it once, or see `copies`")
         return Tasks(subset(self._data, index), self._origin, self._index[index])
 
     @cached_property
@@ -223,9 +224,11 @@ class Tasks:
             ValueError: If one side would be empty.
         """
         count = len(self)
-        wanted = max(1, round(new * count)) if isinstance(new, float) and 0.0 < new < 1.0 else new
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 < wanted < count:
-            raise ValueError(f"new: expected a number of tasks from 1 to {count - 1} or a fraction between 0 and 1, got {new!r}")
+        wanted = max(1, round(new * count)) if isinstance(new, float) and 0.0 < new < 1.0 else whole(new)
+        if wanted is None or not 0 < wanted < count:
+            raise ValueError(
+                f"new: expected a number of tasks from 1 to {count - 1} or a fraction between 0 and 1, got {new!r}"
+            )
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         return self[order[wanted:].sort().values], self[order[:wanted].sort().values]
 
@@ -265,7 +268,9 @@ class Tasks:
         index = indices(idx, self._positions)
         largest = int(self._data.sizes[index].max())
         if rows is not None and rows < max(largest, 1):
-            raise ValueError(f"rows: expected at least {max(largest, 1)}, the size of the largest task of the batch, got {rows}")
+            raise ValueError(
+                f"rows: expected at least {max(largest, 1)}, the size of the largest of these tasks, got {rows}"
+            )
         tensors = gather(self._data, index, max(largest, 1) if rows is None else rows)
         names = self.names
         return Batch(tensors, tuple([names[i] for i in index.tolist()]), self.schema)
@@ -299,7 +304,9 @@ class Tasks:
         return tuple(f"{self._origin.key}#{position}" for position in self._index.tolist())
 
     def aligned(self, schema: Schema) -> Tasks:
-        """Returns the same data encoded as `schema`, a fit's, says: levels recoded, columns in its order, surplus columns dropped.
+        """Returns the same data encoded as `schema`, a fit's, says.
+
+        Levels are recoded, columns put in its order, surplus columns dropped. Fingerprints stay unless one was dropped.
 
         Raises:
             ValueError: If a column is missing, a shape differs or a level was not seen.
@@ -310,12 +317,13 @@ class Tasks:
         """Returns the same tasks and task columns at new rows.
 
         Args:
-            x: `(M,*dx)` for all tasks, a list with one array a task, Tasks with these names (they bring columns and labels), or
-                None to take M from the columns.
+            x: `(M,*dx)` for all tasks, a list with one array a task, Tasks with these names (they bring columns and
+                labels), or None to take M from the columns.
             columns: For each column `(M,…)` for all tasks, or a list with one array a task.
 
         Returns:
-            Tasks without weights; unless `x` is Tasks, their labels are placeholders inside the support, marked as observed.
+            Tasks without weights; unless `x` is Tasks, their labels are placeholders inside the support, marked as
+            observed.
 
         Raises:
             ValueError: If columns are missing or unknown, or names, shapes, lengths or levels do not fit.
@@ -327,7 +335,22 @@ class Tasks:
             offsets, rows = other.offsets, aligned_rows(other, self.schema)
         else:
             offsets, rows = new_rows(x, columns, self.schema, self.names)
-        return self._with(without_weights(replace(self._data, offsets=offsets, rows=rows)))
+        schema = replace(self.schema, missing=not bool(rows["observed"].all()))
+        return self._with(without_weights(replace(self._data, offsets=offsets, rows=rows, schema=schema)))
+
+    def copies(self, idx: Any, *, names: Sequence[str]) -> Tasks:
+        """Returns tasks, repeated where `idx` repeats, under new names: shells for simulated data.
+
+        Args:
+            idx: What `tasks[…]` takes; positions may repeat.
+            names: One name a copy.
+
+        Raises:
+            ValueError: If an index is out of range, or names are too few, too many or duplicated.
+        """
+        index = indices(idx, self._positions)
+        data = replace(subset(self._data, index), names=check_names(names, len(index)))
+        return Tasks(data, None, torch.arange(len(index)))
 
     def with_labels(self, y: Tensor, *, names: Sequence[str] | None = None) -> Tasks:
         """Returns tasks with the same inputs and columns and other labels, all observed: simulated data.
@@ -340,20 +363,20 @@ class Tasks:
             ValueError: If the shape differs or names are duplicated.
         """
         if y.shape != self.y.shape:
-            raise ValueError(f"y: expected labels of shape {tuple(self.y.shape)}, got {tuple(y.shape)}; give one label a row")
+            raise ValueError(
+                f"y: expected labels of shape {tuple(self.y.shape)}, got {tuple(y.shape)}; give one label a row"
+            )
         rows = self._data.rows | {"y": y, "observed": torch.ones_like(self.observed)}
         labelled = self.names if names is None else check_names(names, len(self))
         data = replace(self._data, names=labelled, rows=rows, schema=refreshed(self.schema, rows, self._data.per_task))
         unnamed = self._origin is not None and names is None
-        return Tasks(data, _Origin(data) if unnamed else None, torch.arange(len(self)))
+        return Tasks(data, Origin(data) if unnamed else None, torch.arange(len(self)))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns tensors and JSON-able data from which `from_state` makes the same tasks."""
-        tensors = {f"rows/{key}": value for key, value in self._data.rows.items()}
-        tensors |= {f"tasks/{key}": value for key, value in self._data.per_task.items()}
-        tensors |= {"offsets": self.offsets, "index": self._index}
+        tensors, plain = to_state(self._data)
         origin = None if self._origin is None else self._origin.key
-        return tensors, {"names": list(self.names), "origin": origin, "schema": self.schema.to_json()}
+        return tensors | {"index": self._index}, plain | {"origin": origin}
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Tasks:
@@ -362,10 +385,7 @@ class Tasks:
         Raises:
             ValueError: If a part is missing.
         """
-        absent = sorted({"offsets", "index", "rows/x", "rows/y", "rows/observed"} - set(tensors))
-        absent += sorted({"names", "origin", "schema"} - set(plain))
-        if absent:
-            raise ValueError(f"stored tasks lack {listing(absent)}; the file is damaged")
-        parts = [{key.removeprefix(head): tensors[key] for key in tensors if key.startswith(head)} for head in ("rows/", "tasks/")]
-        data = Ragged(tuple(plain["names"]), tensors["offsets"], *parts, Schema.from_json(plain["schema"]))
-        return cls(data, None if plain["origin"] is None else _Origin(None, plain["origin"]), tensors["index"])
+        data = from_state(tensors, plain)
+        if "index" not in tensors or "origin" not in plain:
+            raise ValueError("stored tasks: 'index' or 'origin' missing; the file is damaged")
+        return cls(data, None if plain["origin"] is None else Origin(None, plain["origin"]), tensors["index"])

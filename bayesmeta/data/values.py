@@ -1,11 +1,12 @@
 """From raw columns to checked tensors: text to codes, missing labels to masks, NaN and infinity to errors.
 
-One rule for every source of data: `reading.py` (tables) and `arrays.py` (lists of arrays) call this with flat NumPy arrays.
+One rule for every source of data: `reading.py` (tables) and `arrays.py` (lists of arrays) call this with flat NumPy
+arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesmeta.data.schema import Schema, listing, unseen_level
+from bayesmeta.data.schema import Levels, Schema, listing, unseen_level
 
 Where = Callable[[int], str]
-Levels = Mapping[str, tuple[str, ...]]
 MISSING = ("error", "mask")
 
 
@@ -37,7 +37,9 @@ def is_text(values: np.ndarray) -> bool:
     return values.dtype.kind in "US"
 
 
-def encode(name: str, values: np.ndarray, levels: Sequence[str] | None, where: Where) -> tuple[np.ndarray, tuple[str, ...]]:
+def encode(
+    name: str, values: np.ndarray, levels: Sequence[str] | None, where: Where
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Turns text `(R,)` into codes.
 
     Args:
@@ -57,7 +59,9 @@ def encode(name: str, values: np.ndarray, levels: Sequence[str] | None, where: W
     for value in distinct:
         if value is None or value != value:
             row = next(i for i, cell in enumerate(cells) if cell is None or cell != cell)
-            raise ValueError(f"column {name!r}: missing text in {where(row)}; drop these rows or name the missing level")
+            raise ValueError(
+                f"column {name!r}: missing text in {where(row)}; drop these rows or name the missing level"
+            )
     known = tuple(sorted(map(str, distinct))) if levels is None else tuple(levels)
     codes = {level: code for code, level in enumerate(known)}
     lookup = {value: codes.get(str(value), -1) for value in distinct}
@@ -77,11 +81,13 @@ def numeric(name: str, values: np.ndarray) -> np.ndarray:
         return values.astype(np.int64)
     if values.dtype.kind == "f":
         return values if values.dtype == np.float32 and values.ndim > 2 else values.astype(np.float64)
+    if values.dtype.kind != "O":
+        raise ValueError(f"column {name!r}: expected numbers, got values of type {values.dtype}; convert them")
     try:
         return values.astype(np.float64)
     except (TypeError, ValueError):
         first = next((value for value in values.flat if not isinstance(value, (int, float))), None)
-        raise ValueError(f"column {name!r}: expected numbers, got {first!r} ({values.dtype}); convert them") from None
+        raise ValueError(f"column {name!r}: expected numbers, got {first!r}; convert them") from None
 
 
 def floating(values: np.ndarray) -> np.ndarray:
@@ -104,7 +110,7 @@ def check_finite(name: str, values: np.ndarray, where: Where, cure: str = "drop 
             raise ValueError(f"column {name!r}: {int(bad.sum())} row(s) are {kind}, the first in {place}; {cure}")
 
 
-def covariate(name: str, values: np.ndarray, known: Levels | None, where: Where) -> tuple[Tensor, dict[str, tuple[str, ...]]]:
+def covariate(name: str, values: np.ndarray, known: Levels | None, where: Where) -> tuple[Tensor, Levels]:
     """Returns a column, number or text, as a tensor, and its levels by name (empty for numbers).
 
     Args:
@@ -117,7 +123,10 @@ def covariate(name: str, values: np.ndarray, known: Levels | None, where: Where)
         ValueError: If values are missing, not finite, of unseen levels, or numbers where text was.
     """
     if len(values) and known is not None and name in known and not is_text(values):
-        raise ValueError(f"column {name!r}: expected text, one of {listing(known[name])}, got numbers ({values.dtype}); pass the text")
+        raise ValueError(
+            f"column {name!r}: expected text, one of {listing(known[name])}, got numbers ({values.dtype}); "
+            "pass the text"
+        )
     if is_text(values) and (known is None or name in known):
         if values.ndim != 1:
             raise ValueError(f"column {name!r}: text must have one value a row, got the shape {values.shape}; split it")
@@ -128,7 +137,7 @@ def covariate(name: str, values: np.ndarray, known: Levels | None, where: Where)
     return torch.from_numpy(np.ascontiguousarray(numbers)), {}
 
 
-def inputs(names: Sequence[str], values: np.ndarray, known: Levels | None, where: Where) -> tuple[Tensor, dict[str, tuple[str, ...]]]:
+def inputs(names: Sequence[str], values: np.ndarray, known: Levels | None, where: Where) -> tuple[Tensor, Levels]:
     """Returns inputs `(R,*dx)` as floats, text as codes, and the levels of the text.
 
     Args:
@@ -143,7 +152,7 @@ def inputs(names: Sequence[str], values: np.ndarray, known: Levels | None, where
     texts = values.dtype.kind in "OUS" or any(name in (known or {}) for name in names)
     if texts and values.ndim <= 2 and len(values):
         levels: dict[str, tuple[str, ...]] = {}
-        parts = []
+        parts: list[Tensor] = []
         for name, column in zip(names, values.reshape(len(values), -1).T, strict=True):
             part, found = covariate(name, column, known, where)
             levels |= found
@@ -173,13 +182,14 @@ def labels(name: str, values: np.ndarray, missing: str, where: Where) -> tuple[T
         raise ValueError(f"output {name!r}: expected numbers, got text; code classes as integers 0, 1, 2, …")
     numbers = numeric(name, values)
     absent = np.isnan(numbers) if numbers.dtype.kind == "f" and missing == "mask" else np.zeros(numbers.shape, bool)
-    check_finite(name, np.where(absent, 0.0, numbers), where, 'drop these rows, or pass missing="mask" if labels are missing')
+    cure = 'drop these rows, or pass missing="mask" if labels are missing'
+    check_finite(name, np.where(absent, 0.0, numbers), where, cure)
     y, observed = torch.from_numpy(np.ascontiguousarray(numbers)), torch.from_numpy(~absent)
     return torch.where(observed, y, example_label(y, observed)), observed
 
 
 def example_label(y: Tensor, observed: Tensor) -> Tensor:
-    """Returns a label `(*dy)` inside the support: the complete row with the smallest sum, else each output's smallest value.
+    """Returns a label `(*dy)` inside the support: the complete row with the smallest sum, else each output's smallest.
 
     Small, because a count must not exceed another row's trials. Without any label it is 1.
     """
@@ -201,12 +211,16 @@ def weights(name: str, values: np.ndarray, where: Where) -> Tensor:
         ValueError: If a weight is negative, not finite or not a number.
     """
     if is_text(values) or values.ndim != 1:
-        raise ValueError(f"weight {name!r}: expected one number a row or task, got {values.dtype} of shape {values.shape}")
+        got = "text" if is_text(values) else f"the shape {values.shape}"
+        raise ValueError(f"weight {name!r}: expected one number a row or task, got {got}; name a numeric column")
     numbers = numeric(name, values).astype(np.float64)
     check_finite(name, numbers, where)
     if (numbers < 0).any():
-        place = int((numbers < 0).argmax())
-        raise ValueError(f"weight {name!r}: expected weights from 0 on, got {numbers[place]:g} in {where(place)}; weights are never negative")
+        first = int((numbers < 0).argmax())
+        raise ValueError(
+            f"weight {name!r}: expected weights from 0 on, got {numbers[first]:g} in {where(first)}; "
+            "correct it, or drop the row"
+        )
     return torch.from_numpy(numbers)
 
 
