@@ -105,7 +105,7 @@ def _ordered(data: Ragged, key: str, schema: Schema) -> Tensor:
         return values.new_zeros((0, *target))
     if own != wanted and len(own) > 1 and shape == (len(own),) and target == (len(wanted),) and set(wanted) <= set(own):
         return values[:, [own.index(name) for name in wanted]]
-    unnamed = own == default_names(kind, shape) or wanted == default_names(kind, target)
+    unnamed = _unnamed(data.schema, kind) or _unnamed(schema, kind)
     if own != wanted and not unnamed:
         raise ValueError(
             f"{kind}: the fit has {listing(wanted)}, these data {listing(own)}; read the same columns as {kind}"
@@ -113,6 +113,12 @@ def _ordered(data: Ragged, key: str, schema: Schema) -> Tensor:
     if shape != target and {shape, target} != {(), (1,)}:
         raise ValueError(f"{kind}: the fit has the shape {target} a row, these data {shape}; make them alike")
     return values.reshape(len(values), *target)
+
+
+def _unnamed(schema: Schema, kind: str) -> bool:
+    """Says whether inputs or labels have the names that array data get."""
+    names, shape = getattr(schema, kind), getattr(schema, f"{kind}_shape")
+    return schema.task == "task" and names == default_names(kind, shape)
 
 
 def _column(values: Tensor, key: str, own: Schema, schema: Schema, where: Where) -> Tensor:

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bayesmeta.data.episodes import Episode, draw_episode, draw_tasks, split_rows
+from bayesmeta.data.tasks import Tasks
+
+
+def make(sizes: tuple[int, ...]) -> Tasks:
+    rows = iter(range(sum(sizes)))
+    return Tasks.from_arrays(None, [[float(next(rows)) for _ in range(size)] for size in sizes])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_split_rows_is_a_partition() -> None:
+    tasks = make((5, 0, 1, 3))
+    context, target = split_rows(tasks, 2, seeded())
+    assert context.names == target.names == tasks.names
+    assert context.sizes.tolist() == [2, 0, 1, 2] and target.sizes.tolist() == [3, 0, 0, 1]
+    for whole, left, right in zip(tasks, context, target, strict=True):
+        assert sorted(left.y.tolist() + right.y.tolist()) == whole.y.tolist()
+        assert left.y.tolist() == sorted(left.y.tolist())
+
+
+def test_tasks_are_drawn_uniformly() -> None:
+    tasks, generator = make((1,) * 10), seeded()
+    counts = torch.bincount(torch.cat([draw_tasks(tasks, 4, generator) for _ in range(2000)]), minlength=10)
+    z = (counts - 800) / np.sqrt(2000 * 0.4 * 0.6)
+    assert z.abs().max() < 4
+    assert draw_tasks(tasks, 99, generator).sort().values.tolist() == list(range(10))
+
+
+def test_episode_sizes_are_uniform_and_leave_a_target() -> None:
+    tasks, generator, seen = make((20, 2, 0)), seeded(), []
+    for _ in range(400):
+        episode = draw_episode(tasks, [0, 1, 2], context=(0, 4), generator=generator)
+        assert isinstance(episode, Episode) and episode.context.names == episode.target.names
+        assert (episode.context.n + episode.target.n).tolist() == [20, 2, 0]
+        assert episode.target.n[1] >= 1
+        seen.append(int(episode.context.n[0]))
+    counts = np.bincount(seen, minlength=5)
+    assert len(counts) == 5 and np.abs((counts - 80) / np.sqrt(400 * 0.2 * 0.8)).max() < 4
+
+
+def test_rows_pad_both_sides() -> None:
+    episode = draw_episode(make((6, 6)), [1, 0], context=(2, 2), generator=seeded(), rows=8)
+    assert episode.context.mask.shape == episode.target.mask.shape == (2, 8)
+    assert episode.context.names == ("1", "0") and episode.context.n.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("context", [(-1, 2), (3, 2)])
+def test_wrong_sizes(context: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="context: expected sizes .* with 0 <= lo <= hi"):
+        draw_episode(make((3,)), 0, context=context, generator=seeded())
