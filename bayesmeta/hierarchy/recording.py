@@ -1,0 +1,200 @@
+"""Recording: a Python function of tensors becomes a flat graph of tensor operations, checked against the original.
+
+Running a Pyro model costs Python time a site; the recorded graph costs only its arithmetic, can be batched over draws
+with `torch.func.vmap` and can be compiled. What cannot be recorded runs eagerly and gives the same numbers. Used by
+`density.py`; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.func import functionalize, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+logger = logging.getLogger("bayesmeta")
+
+_LOCK = threading.RLock()
+
+TensorFunction = Callable[..., Any]
+
+
+class Captured(TorchFunctionMode):
+    """Stands in for the tensors that a user's function has captured, and changes none of them.
+
+    Registered parameters are replaced by the fit's own copies; floating tensors of another precision are promoted.
+    Trainable parameters nobody registered are collected in `unregistered`.
+    """
+
+    def __init__(self, replacements: Mapping[int, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._replacements = replacements
+        self._dtype = dtype
+        self.unregistered: dict[int, nn.Parameter] = {}
+        self.frozen: dict[int, nn.Parameter] = {}
+
+    def _swap(self, tensor: Tensor) -> Tensor:
+        replacement = self._replacements.get(id(tensor))
+        if replacement is not None:
+            return replacement
+        if isinstance(tensor, nn.Parameter):
+            (self.unregistered if tensor.requires_grad else self.frozen)[id(tensor)] = tensor
+        if tensor.is_floating_point() and tensor.dtype != self._dtype:
+            return tensor.to(self._dtype)
+        return tensor
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replaces captured tensors in the arguments of every torch call."""
+        with torch._C.DisableTorchFunction():
+            args, kwargs = pytree.tree_map_only(Tensor, self._swap, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def model_context(dtype: torch.dtype) -> Iterator[None]:
+    """Sets the default dtype and switches argument validation off while a user's function runs; restores both."""
+    with _LOCK, pyro.validation_enabled(False):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch for a block and gives the caller's random state back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def signature(leaves: list[Any]) -> tuple[Any, ...]:
+    """What a graph depends on besides values: shapes and dtypes."""
+    return tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+class Recorded:
+    """A function whose graph is recorded once for every set of input shapes.
+
+    Args:
+        function: Maps pytrees of tensors to a pytree of tensors.
+        context: Makes the context in which `function` runs.
+        random: The function draws random numbers, so a graph cannot be checked by its values.
+        vary: How many leading arguments a check may move to other points (the others are data).
+
+    `status` says per signature whether the graph is used ("recorded") or why not.
+    """
+
+    def __init__(
+        self,
+        function: TensorFunction,
+        *,
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        random: bool = False,
+        vary: int = 2,
+    ) -> None:
+        self._function = function
+        self._context = context
+        self._random = random
+        self._vary = vary
+        self._graphs: dict[Any, TensorFunction] = {}
+        self._mapped: dict[Any, TensorFunction] = {}
+        self.status: dict[Any, str] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the graph recorded for these shapes, recording it first if needed."""
+        return self.graph(*args)(*pytree.tree_leaves(args))
+
+    def graph(self, *args: Any) -> TensorFunction:
+        """The graph for the shapes of `args`, a function of their flat leaves."""
+        leaves, spec = pytree.tree_flatten(args)
+        key = (signature(leaves), spec)
+        if key not in self._graphs:
+            self._graphs[key] = self._record(key, leaves, spec)
+        return self._graphs[key]
+
+    def eager(self, *args: Any) -> Any:
+        """Runs the original function."""
+        with self._context():
+            return self._function(*args)
+
+    def mapped(self, *args: Any, in_dims: Any) -> Any:
+        """Maps over a leading dimension of some arguments (`in_dims` as in `torch.func.vmap`, one entry an argument).
+
+        The graph is recorded for one slice and mapped; where that fails the slices are run one by one.
+        """
+        leaves, _ = pytree.tree_flatten(args)
+        dims = tuple(d for a, d in zip(args, in_dims, strict=True) for _ in pytree.tree_leaves(a))
+        key = (signature(leaves), dims)
+        if key not in self._mapped:
+            one = [a if d is None else pytree.tree_map(lambda t: t[0], a) for a, d in zip(args, in_dims, strict=True)]
+            self._mapped[key] = self._map(key, self.graph(*one), leaves, dims)
+        return self._mapped[key](*leaves)
+
+    def _map(self, key: Any, graph: TensorFunction, leaves: list[Tensor], dims: tuple[int | None, ...]) -> Any:
+        """A graph over the leading dimension; where it cannot be recorded, a loop over its slices."""
+        batched = vmap(graph, in_dims=dims, randomness="different")
+        examples = [leaf.detach() for leaf in leaves]
+        try:
+            with seeded(0), self._context():
+                recorded = make_fx(batched)(*examples)
+            self.status[key] = "recorded"
+            return recorded
+        except (RuntimeError, NotImplementedError) as error:
+            logger.info("a graph could not be mapped over draws, its slices run one by one: %s", error)
+            self.status[key] = f"loop: {error}"
+            return functools.partial(self._loop, graph, dims)
+
+    @staticmethod
+    def _loop(graph: TensorFunction, dims: tuple[int | None, ...], *leaves: Tensor) -> Any:
+        count = next(leaf.shape[0] for leaf, d in zip(leaves, dims, strict=True) if d is not None)
+        slices = [
+            graph(*[leaf if d is None else leaf[i] for leaf, d in zip(leaves, dims, strict=True)]) for i in range(count)
+        ]
+        return pytree.tree_map(lambda *parts: torch.stack(parts), *slices)
+
+    def _record(self, key: Any, leaves: list[Any], spec: pytree.TreeSpec) -> TensorFunction:
+        def flat(*values: Any) -> Any:
+            return self.eager(*pytree.tree_unflatten(list(values), spec))
+
+        try:
+            examples = [leaf.detach() for leaf in leaves]
+            with seeded(0), self._context():
+                graph = make_fx(functionalize(flat, remove="mutations"))(*examples)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            moving = len(pytree.tree_leaves(pytree.tree_unflatten(leaves, spec)[: self._vary]))
+            agrees = self._random or self._agrees(flat, graph, examples, moving)
+            reason = "recorded" if agrees else "the recorded graph gives other numbers at another point"
+        except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        self.status[key] = reason
+        if reason == "recorded":
+            return graph
+        logger.info("a function runs eagerly, it could not be recorded: %s", reason)
+        return flat
+
+    @staticmethod
+    def _agrees(flat: TensorFunction, graph: TensorFunction, examples: list[Tensor], moving: int) -> bool:
+        """Compares graph and function at two points beside the one that was recorded."""
+        with seeded(1), torch.no_grad():
+            for step in (0.1, -0.2):
+                point = [e + step * torch.rand_like(e) for e in examples[:moving]] + examples[moving:]
+                pairs = zip(pytree.tree_leaves(flat(*point)), pytree.tree_leaves(graph(*point)), strict=True)
+                if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True) for a, b in pairs):
+                    return False
+        return True

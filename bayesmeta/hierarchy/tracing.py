@@ -1,0 +1,294 @@
+"""Reading an ordinary Pyro model: one pass gives every site its value and collects the log densities.
+
+`trace_model` runs the user's function on one batch under one handler, with one θ and one value a task; what a latent
+site becomes is decided by a `Latents` strategy, what an observed site does by `outcome`. This file and `density.py`
+are the only ones that see Pyro messages.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+from bayesmeta.data.batch import Batch
+from bayesmeta.hierarchy import whitening
+from bayesmeta.hierarchy.recording import Captured
+
+Model = Callable[[Batch], Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A latent site. For a task site the shapes leave out the leading (T, 1)."""
+
+    name: str
+    shape: tuple[int, ...]
+    unconstrained: tuple[int, ...]
+    kind: str
+    improper: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many unconstrained coordinates the site has (of one task)."""
+        return math.prod(self.unconstrained)
+
+
+@dataclass(frozen=True)
+class ObservedSite:
+    """An observed site: inside `observations()` or not, a `pyro.factor` or not, its event shape."""
+
+    name: str
+    in_rows: bool
+    factor: bool
+    event: tuple[int, ...]
+    shared: bool
+
+
+@dataclass
+class Learned:
+    """Point estimates that the model registers: the fit's own copies, and what they stand in for."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    constraints: dict[str, Any] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    buffers: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Latents(Protocol):
+    """Decides the value of each latent site and its log density in its own coordinates."""
+
+    def shared(self, name: str, fn: dist.TorchDistribution) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, log density of the value, log Jacobian."""
+
+    def task(self, name: str, fn: dist.TorchDistribution, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, log density of the value `(T, 1)`, log Jacobian `(T, 1)`; `plain`: not scaled, not masked."""
+
+
+@dataclass
+class Trace:
+    """What one pass of the model gave."""
+
+    tasks: int
+    values: dict[str, Tensor] = field(default_factory=dict)
+    task_values: dict[str, Tensor] = field(default_factory=dict)
+    shared_prior: Tensor = field(default_factory=lambda: torch.zeros(()))
+    task_prior: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    outcomes: dict[str, Tensor] = field(default_factory=dict)
+    latent: list[tuple[str, bool, dist.TorchDistribution]] = field(default_factory=list)
+    observed: list[ObservedSite] = field(default_factory=list)
+
+    def log_prior(self) -> Tensor:
+        """Log prior density of each task's parameters, `(T,)`."""
+        return self._total(self.task_prior)
+
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of each task's data, `(T,)`."""
+        return self._total(self.rows)
+
+    def log_task(self) -> Tensor:
+        """Log joint density of each task's parameters and data, `(T,)`."""
+        return self.log_prior() + self.log_likelihood()
+
+    def _total(self, terms: dict[str, Tensor]) -> Tensor:
+        return torch.stack([t.sum(-1) for t in terms.values()]).sum(0) if terms else torch.zeros(self.tasks)
+
+
+def trace_model(
+    model: Model, batch: Batch, latents: Latents, learned: Learned, *, dtype: torch.dtype, outcome: str = "score"
+) -> tuple[Trace, Captured]:
+    """Runs a model once.
+
+    Args:
+        model: The user's function.
+        batch: Its argument.
+        latents: Gives the latent sites their values.
+        learned: The fit's copies of registered parameters; new ones are added.
+        dtype: Floating dtype that captured tensors are promoted to (also the default dtype of the caller's context).
+        outcome: What observed sites do: "score", "sample", "mean" or "support".
+    """
+    handler = _Handler(latents, learned, len(batch.names), dtype, outcome)
+    with handler.captured, handler:
+        model(batch)
+    return handler.trace, handler.captured
+
+
+class _Handler(Messenger):
+    """The outermost handler: it sees a site after plates, masks and scales have worked on it."""
+
+    def __init__(self, latents: Latents, learned: Learned, tasks: int, dtype: torch.dtype, outcome: str) -> None:
+        super().__init__()
+        self.trace = Trace(tasks)
+        self._latents, self._learned, self._dtype, self._outcome = latents, learned, dtype, outcome
+        self._replacements = {id(t): learned.values[n] for n, t in learned.originals.items()} | learned.buffers
+        self.captured = Captured(self._replacements, dtype)
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        name, init = msg["args"][0], msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor")
+        if name not in self._learned.values:
+            constraint = msg["args"][2] if len(msg["args"]) > 2 else msg["kwargs"].get("constraint", constraints.real)
+            self._register(name, init() if callable(init) else init, constraint)
+        value = self._learned.values[name]
+        msg["value"] = transform_to(self._learned.constraints[name])(value)
+
+    def _register(self, name: str, init: Tensor | None, constraint: Any) -> None:
+        if init is None:
+            raise ValueError(f"pyro.param {name!r} has no initial value; give one: pyro.param({name!r}, init_tensor)")
+        learned = self._learned
+        with torch._C.DisableTorchFunction():
+            value = transform_to(constraint).inv(init.detach().to(self._dtype)).clone()
+        learned.values[name], learned.constraints[name] = value, constraint
+        learned.originals[name] = init
+        if "$$$" in name:
+            self._replacements[id(init)] = value
+            self._register_module(name.split("$$$")[0])
+
+    def _register_module(self, name: str) -> None:
+        module = _module_being_registered()
+        if module is None or name in self._learned.modules:
+            return
+        self._learned.modules[name] = module
+        with torch._C.DisableTorchFunction():
+            for buffer in module.buffers():
+                copy = buffer.detach().clone()
+                self._learned.buffers[id(buffer)] = copy.to(self._dtype) if copy.is_floating_point() else copy
+        self._replacements.update(self._learned.buffers)
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn = msg["fn"]
+        if isinstance(fn, _Subsample):
+            _check_plate(msg["name"], fn)
+            return
+        plates = {frame.name for frame in msg["cond_indep_stack"]}
+        if msg["infer"] is not None and msg["infer"].get("_deterministic"):
+            self._store(msg["name"], msg["value"], "task" in plates)
+        elif msg["is_observed"]:
+            self._observe(msg, plates)
+        else:
+            self._draw(msg, plates)
+
+    def _store(self, name: str, value: Tensor, in_tasks: bool) -> None:
+        (self.trace.task_values if in_tasks else self.trace.values)[name] = value
+
+    def _draw(self, msg: dict[str, Any], plates: set[str]) -> None:
+        name, fn = msg["name"], msg["fn"]
+        in_tasks = "task" in plates
+        _check_latent(name, fn, plates, msg["cond_indep_stack"])
+        self.trace.latent.append((name, in_tasks, fn))
+        plain = msg["mask"] is None and isinstance(msg["scale"], (int, float)) and msg["scale"] == 1
+        if in_tasks:
+            value, log_prob, log_jacobian = self._latents.task(name, fn, plain)
+        else:
+            value, log_prob, log_jacobian = self._latents.shared(name, fn)
+        terms = scale_and_mask(log_prob, msg["scale"], msg["mask"]) + log_jacobian
+        if in_tasks:
+            self.trace.task_prior[name] = terms.expand(self.trace.tasks, 1)
+        else:
+            self.trace.shared_prior = self.trace.shared_prior + terms.sum()
+        msg["value"] = value
+        self._store(name, value, in_tasks)
+
+    def _observe(self, msg: dict[str, Any], plates: set[str]) -> None:
+        name, fn = msg["name"], msg["fn"]
+        factor = isinstance(fn, dist.Unit)
+        in_tasks = "task" in plates
+        self.trace.observed.append(ObservedSite(name, "obs" in plates, factor, tuple(fn.event_shape), not in_tasks))
+        if in_tasks and not factor and self._outcome in ("sample", "mean"):
+            msg["value"] = self.trace.outcomes[name] = fn.sample() if self._outcome == "sample" else _mean(name, fn)
+            return
+        value = msg["value"] if factor else cast_observed(fn, msg["value"])
+        if self._outcome == "support" and not factor:
+            self._check_support(name, fn, value, msg["mask"])
+            return
+        terms = scale_and_mask(fn.log_prob(value), msg["scale"], msg["mask"])
+        if not in_tasks:
+            self.trace.shared_prior = self.trace.shared_prior + terms.sum()
+            return
+        self.trace.rows[name] = _task_first(name, terms, self.trace.tasks)
+
+    def _check_support(self, name: str, fn: dist.TorchDistribution, value: Tensor, mask: Any) -> None:
+        inside = whitening.support(fn).check(value)
+        inside = inside if mask is None else inside | ~torch.as_tensor(mask)
+        self.trace.outcomes[name] = inside.expand(torch.broadcast_shapes(inside.shape, (self.trace.tasks, 1)))
+
+
+def _task_first(name: str, terms: Tensor, tasks: int) -> Tensor:
+    if terms.dim() != 2 or terms.shape[0] != tasks:
+        raise ValueError(
+            f"observed site {name!r}: expected a log density of shape ({tasks}, rows) or ({tasks}, 1), one line a task, "
+            f"got {tuple(terms.shape)}; give every further dimension to the event with .to_event(...)"
+        )
+    return terms
+
+
+def cast_observed(fn: dist.TorchDistribution, value: Tensor) -> Tensor:
+    """Observed values in the dtype their distribution wants: integers become floating but for categories."""
+    base = fn
+    while hasattr(base, "base_dist") and not isinstance(base, torch.distributions.TransformedDistribution):
+        base = base.base_dist
+    if isinstance(base, torch.distributions.Categorical):
+        return value.long() if value.dtype != torch.int64 else value
+    return value.to(torch.get_default_dtype())
+
+
+def _mean(name: str, fn: dist.TorchDistribution) -> Tensor:
+    base = fn
+    while hasattr(base, "base_dist") and not isinstance(base, torch.distributions.TransformedDistribution):
+        base = base.base_dist
+    if isinstance(base, torch.distributions.Categorical):
+        raise ValueError(f"site {name!r} is categorical and has no mean; use kind='outcome'")
+    try:
+        return fn.mean
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(f"site {name!r}: {type(base).__name__} gives no mean; use kind='outcome'") from error
+
+
+def _check_plate(name: str, fn: _Subsample) -> None:
+    if fn.subsample_size is not None and fn.subsample_size < fn.size:
+        raise ValueError(
+            f"plate {name!r} subsamples {fn.subsample_size} of {fn.size}, which would silently change the density; "
+            "drop subsample_size, bayesmeta draws mini-batches of tasks itself"
+        )
+
+
+def _check_latent(name: str, fn: dist.TorchDistribution, plates: set[str], stack: tuple[Any, ...]) -> None:
+    if "obs" in plates:
+        raise ValueError(
+            f"latent site {name!r} is inside batch.observations(), one value a row; sample it in batch.tasks() as a "
+            "vector (.to_event(1)) and index it by a column, or integrate it into the likelihood"
+        )
+    if fn.has_enumerate_support or getattr(fn.support, "is_discrete", False):
+        raise ValueError(f"latent site {name!r} is discrete ({type(fn).__name__}); sum it out of the likelihood")
+    if "task" in plates and len(stack) > 1:
+        others = sorted(plates - {"task"})
+        raise ValueError(
+            f"task site {name!r} is inside further plates {others}; use .expand([...]).to_event(...) in their place"
+        )
+    if "task" in plates and isinstance(fn, dist.ImproperUniform):
+        raise ValueError(
+            f"task site {name!r} has an improper prior; give it a proper one (flat priors: shared sites only)"
+        )
+
+
+def _module_being_registered() -> nn.Module | None:
+    # Pyro announces the parameters of pyro.module one by one and never the module itself.
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is pyro.module.__code__:
+            return frame.f_locals["nn_module"]
+        frame = frame.f_back
+    return None

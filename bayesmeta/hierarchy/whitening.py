@@ -1,0 +1,191 @@
+"""Whitening: each task site as a map of standard normal noise, `value = f(z; parameters of its prior)`.
+
+A guide that works in `z` starts at the prior, whatever the prior is. Three kinds of map, chosen by `kind(fn)`:
+`"normal"` (Normal, multivariate normal and bijections of them: their own base noise), `"icdf"` (univariate with an
+inverse distribution function: Φ⁻¹∘F) and `"moments"` (everything else: location and scale in unconstrained space,
+from the moments of the prior, smooth in its parameters). The first two are exact: the prior of z is standard normal.
+Only `density.py` calls this file; nothing here reads traces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+BATCH_DIMS = 2
+"""A task site has batch shape (T, 1)."""
+
+_WRAPPERS = (torch.distributions.Independent, dist.ExpandedDistribution)
+_POSITIVE = (type(constraints.positive), type(constraints.nonnegative))
+_MVN = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
+
+
+def _strip(fn: dist.TorchDistribution) -> dist.TorchDistribution:
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def kind(fn: dist.TorchDistribution) -> str:
+    """Names the map used for a prior: "normal", "icdf" (both exact) or "moments" (approximate)."""
+    base = _strip(fn)
+    if isinstance(base, (torch.distributions.Normal, *_MVN)):
+        return "normal"
+    if isinstance(base, torch.distributions.TransformedDistribution):
+        bijective = all(t.bijective for t in base.transforms) and base.base_dist.event_shape == base.event_shape
+        if bijective and kind(base.base_dist) == "normal":
+            return "normal"
+    return "icdf" if not base.event_shape and _has_icdf(base) else "moments"
+
+
+def _has_icdf(base: dist.TorchDistribution) -> bool:
+    try:
+        base.icdf(torch.full(base.batch_shape, 0.5))
+    except (NotImplementedError, AttributeError):
+        return False
+    return True
+
+
+def support(fn: dist.TorchDistribution) -> constraints.Constraint:
+    """The support of a distribution; of a mixture, that of its components."""
+    base = _strip(fn)
+    if not isinstance(base, torch.distributions.MixtureSameFamily):
+        return fn.support
+    inner = base.component_distribution.support
+    extra = fn.event_dim - inner.event_dim
+    return constraints.independent(inner, extra) if extra else inner
+
+
+def bijection(fn: dist.TorchDistribution) -> torch.distributions.Transform:
+    """The map from unconstrained space onto the support of a site's distribution."""
+    return biject_to(support(fn))
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """Log density of standard normal noise `(T, 1, *event)`, summed over the event: `(T, 1)`."""
+    terms = -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
+    return terms.reshape(*z.shape[:BATCH_DIMS], -1).sum(-1)
+
+
+def whiten(fn: dist.TorchDistribution, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps noise to a value of a task site.
+
+    Args:
+        fn: The site's prior, batch shape `(T, 1)`.
+        z: Noise `(T, 1, *unconstrained event)`.
+
+    Returns:
+        The value `(T, 1, *event)` and the log prior density of z `(T, 1)`.
+    """
+    if kind(fn) == "moments":
+        return _from_moments(fn, z)
+    return _from_noise(fn, z), standard_normal_log_prob(z)
+
+
+def unwhiten(fn: dist.TorchDistribution, value: Tensor) -> Tensor:
+    """The inverse of `whiten` for the approximate kind: noise of a given value `(T, 1, *event)`."""
+    loc, scale = unconstrained_moments(fn)
+    return (bijection(fn).inv(value) - loc) / scale
+
+
+def _from_noise(fn: dist.TorchDistribution, z: Tensor) -> Tensor:
+    base = _strip(fn)
+    if isinstance(base, torch.distributions.Normal):
+        return base.loc + base.scale * z
+    if isinstance(base, _MVN):
+        return base.loc + (base.scale_tril @ z.unsqueeze(-1)).squeeze(-1)
+    if kind(base) == "icdf":
+        info = torch.finfo(z.dtype)
+        return base.icdf(torch.special.ndtr(z).clamp(info.tiny, 1 - info.eps))
+    value = _from_noise(base.base_dist, z)
+    for transform in base.transforms:
+        value = transform(value)
+    return value
+
+
+def _from_moments(fn: dist.TorchDistribution, z: Tensor) -> tuple[Tensor, Tensor]:
+    loc, scale = unconstrained_moments(fn)
+    transform = bijection(fn)
+    u = loc + scale * z
+    value = transform(u)
+    log_scale = scale.log().expand(z.shape).reshape(*z.shape[:BATCH_DIMS], -1).sum(-1)
+    return value, fn.log_prob(value) + transform.log_abs_det_jacobian(u, value) + log_scale
+
+
+def unconstrained_moments(fn: dist.TorchDistribution) -> tuple[Tensor, Tensor]:
+    """Location and scale of a prior in unconstrained space, exact where a formula is known, else matched or (0, 1)."""
+    base = _strip(fn)
+    for family, moments in _FORMULAS.items():
+        if isinstance(base, family):
+            return moments(base)
+    return _matched_moments(fn, base)
+
+
+def _matched_moments(fn: dist.TorchDistribution, base: dist.TorchDistribution) -> tuple[Tensor, Tensor]:
+    """Matches mean and variance of a real or positive prior; otherwise the unit scale at the origin."""
+    like = bijection(fn).inverse_shape(fn.shape())
+    zero, one = torch.zeros(like), torch.ones(like)
+    inner = getattr(base, "component_distribution", base).support
+    inner = getattr(inner, "base_constraint", inner)
+    positive = isinstance(inner, _POSITIVE)
+    if isinstance(fn, dist.ImproperUniform) or not (positive or isinstance(inner, type(constraints.real))):
+        return zero, one
+    try:
+        mean, variance = base.mean.expand(like), base.variance.expand(like)
+    except (NotImplementedError, AttributeError):
+        return zero, one
+    if positive:
+        variance = torch.log1p(variance / mean.square())
+        mean = mean.log() - 0.5 * variance
+    finite = torch.isfinite(mean) & torch.isfinite(variance) & (variance > 0)
+    return torch.where(finite, mean, zero), torch.where(finite, variance, one).sqrt()
+
+
+def _gamma(base: torch.distributions.Gamma) -> tuple[Tensor, Tensor]:
+    return torch.digamma(base.concentration) - base.rate.log(), torch.polygamma(1, base.concentration).sqrt()
+
+
+def _inverse_gamma(base: dist.InverseGamma) -> tuple[Tensor, Tensor]:
+    loc, scale = _gamma(base.base_dist)
+    return -loc, scale
+
+
+def _beta(base: torch.distributions.Beta) -> tuple[Tensor, Tensor]:
+    a, b = base.concentration1, base.concentration0
+    return torch.digamma(a) - torch.digamma(b), (torch.polygamma(1, a) + torch.polygamma(1, b)).sqrt()
+
+
+def _student_t(base: torch.distributions.StudentT) -> tuple[Tensor, Tensor]:
+    return base.loc.expand(base.batch_shape), base.scale * (1 + 2 / base.df).sqrt()
+
+
+def _dirichlet(base: torch.distributions.Dirichlet) -> tuple[Tensor, Tensor]:
+    """The sticks of a Dirichlet are independent Beta(a_k, a_{k+1} + … + a_K)."""
+    a = base.concentration
+    rest = (a.sum(-1, keepdim=True) - a.cumsum(-1))[..., :-1]
+    head = a[..., :-1]
+    offset = torch.arange(a.shape[-1] - 1, 0, -1, dtype=a.dtype).log()
+    loc = torch.digamma(head) - torch.digamma(rest) + offset
+    return loc, (torch.polygamma(1, head) + torch.polygamma(1, rest)).sqrt()
+
+
+def _lkj(base: torch.distributions.LKJCholesky) -> tuple[Tensor, Tensor]:
+    """Partial correlations of LKJ(η) are Beta(b, b) on (-1, 1), b = η + (D - 2 - column) / 2 (Lewandowski 2009)."""
+    columns = torch.tril_indices(base.dim, base.dim, -1)[1]
+    b = base.concentration.unsqueeze(-1) + 0.5 * (base.dim - 2 - columns)
+    return torch.zeros_like(b), (0.5 * torch.polygamma(1, b)).sqrt()
+
+
+_FORMULAS: dict[type, Callable[..., tuple[Tensor, Tensor]]] = {
+    torch.distributions.Gamma: _gamma,
+    dist.InverseGamma: _inverse_gamma,
+    torch.distributions.Beta: _beta,
+    torch.distributions.StudentT: _student_t,
+    torch.distributions.Dirichlet: _dirichlet,
+    torch.distributions.LKJCholesky: _lkj,
+}

@@ -1,0 +1,1 @@
+"""How θ and φ are inferred: protocols, guides, objectives and the methods."""

@@ -1,0 +1,166 @@
+"""Amortized variational inference: q(θ) and q(φ | D, θ) learned together, then θ corrected by importance weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.chunks import padded_rows
+from bayesmeta.inference.correction import SharedDraws, correct_shared, reachable_ess
+from bayesmeta.inference.guides import NaturalGuide
+from bayesmeta.inference.objectives import OBJECTIVES, Guides, Objective, Step
+from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide
+from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
+from bayesmeta.inference.training import History, Optimizer, train
+
+NETWORK_LR = 5e-3
+SHARED_LR = 2e-2
+CHECK_DRAWS = 400
+FINAL_DRAWS = 4000
+GOOD_SHARE = 0.75
+"""Training stops at this share of the relative ESS that a perfect q(θ) would reach."""
+SETTLED = 1e-3
+"""Training also stops when a stage has raised the bound by less than this, in nats a task."""
+
+SHARED: dict[str, Callable[[Tensor, Tensor], SharedPosterior]] = {
+    "normal": NormalShared,
+    "lowrank": LowRankShared,
+    "map": PointShared,
+}
+
+
+@dataclass(frozen=True)
+class Amortized:
+    """Options of `method="amortized"`.
+
+    Args:
+        shared: Posterior of θ: "normal" (full covariance), "lowrank" or "map" (a point).
+        objective: "elbo", "iw" or a function `(density, guides, step) -> (loss, info)`.
+        guide: A `TaskGuide`, or None for the default one.
+        embed: Module `(R, *dx) -> (R, k)` that turns images and the like into row inputs.
+        optimizer: Steps, batch size and learning rate.
+    """
+
+    shared: str = "normal"
+    objective: str | Objective = "elbo"
+    guide: TaskGuide | None = None
+    embed: nn.Module | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("shared", self.shared, SHARED), ("objective", self.objective, OBJECTIVES)):
+            if isinstance(value, str) and value not in known:
+                raise ValueError(f"Amortized: {name} must be one of {sorted(known)}, got {value!r}")
+
+
+def fit_amortized(
+    density: TaskDensity, tasks: Tasks, options: Amortized, *, progress: bool
+) -> tuple[Guides, SharedDraws, History]:
+    """Learns q(θ) and q(φ | D, θ) from all tasks."""
+    guides = _build(density, tasks, options)
+    batches = _contexts(density, tasks, guides, options.optimizer.batch_tasks)
+    objective = OBJECTIVES[options.objective] if isinstance(options.objective, str) else options.objective
+    draws = 1 if options.shared == "map" else 8
+
+    def loss() -> Tensor:
+        guides.task.follow(*guides.shared.centre())
+        context = next(batches)
+        value, info = objective(density, guides, Step(context, len(tasks), draws))
+        if not torch.isfinite(value):
+            raise ValueError(_not_finite(density, context, info))
+        return value
+
+    lr = options.optimizer.lr or NETWORK_LR
+    groups: list[dict[str, Any]] = [
+        {"params": list(guides.shared.parameters()), "lr": SHARED_LR * lr / NETWORK_LR},
+        {"params": [*guides.task.parameters(), *guides.values.values()], "lr": lr},
+    ]
+    history = train(
+        loss,
+        groups,
+        optimizer=options.optimizer,
+        between=guides.shared.recentre,
+        judge=_Judge(density, guides, tasks),
+        progress=progress,
+    )
+    guides.task.follow(*guides.shared.centre())
+    guides.values = {name: value.detach() for name, value in guides.values.items()}
+    density.learned.values.update(guides.values)
+    with torch.no_grad():
+        return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS), history
+
+
+def _build(density: TaskDensity, tasks: Tasks, options: Amortized) -> Guides:
+    shared = SHARED[options.shared](*density.prior_scale())
+    task = options.guide if options.guide is not None else NaturalGuide(embed=options.embed)
+    task.attach(density, tasks)
+    values = {name: value.clone().requires_grad_() for name, value in density.learned.values.items()}
+    return Guides(shared, task, values)
+
+
+def _contexts(density: TaskDensity, tasks: Tasks, guides: Guides, limit: int) -> Iterator[Context]:
+    """Batches of tasks, drawn uniformly; all tasks where they fit. Rows are encoded anew, their weights change."""
+    sizes = np.asarray(tasks.sizes)
+    groups = [np.flatnonzero(sizes == n) for n in np.unique(sizes)] if density.structure.exact_size else None
+    whole = np.arange(len(tasks)) if groups is None or len(groups) == 1 else None
+    fixed = None
+    if whole is not None and len(tasks) <= limit:
+        batch = tasks.batch(whole)
+        fixed = (batch, density.tensors(batch))
+    while True:
+        if fixed is None:
+            batch = tasks.batch(*_draw(sizes, groups, limit))
+            yield guides.task.prepare(batch, density.tensors(batch))
+        else:
+            yield guides.task.prepare(*fixed)
+
+
+def _draw(sizes: np.ndarray, groups: list[np.ndarray] | None, limit: int) -> Any:
+    pool = np.arange(len(sizes))
+    if groups is not None:
+        share = np.array([len(g) for g in groups]) / len(sizes)
+        pool = groups[int(torch.multinomial(torch.as_tensor(share), 1))]
+    index = pool[torch.randperm(len(pool))[:limit].numpy()]
+    if groups is not None:
+        return (index,)
+    return index, min(padded_rows(int(sizes[index].max())), max(1, int(sizes.max())))
+
+
+class _Judge:
+    """Decides after a stage whether q is good enough: by the ESS of θ where it can be corrected, else by the bound."""
+
+    def __init__(self, density: TaskDensity, guides: Guides, tasks: Tasks) -> None:
+        self._args = (density, guides, tasks)
+        self._bound = -math.inf
+
+    def __call__(self, bound: float) -> dict[str, Any]:
+        density, guides, tasks = self._args
+        guides.task.follow(*guides.shared.centre())
+        with torch.no_grad():
+            drawn = correct_shared(density, guides, tasks, draws=CHECK_DRAWS)
+        settled = bound - self._bound < SETTLED
+        self._bound = bound
+        good = drawn.status == "corrected" and drawn.ess >= GOOD_SHARE * reachable_ess(drawn.theta.shape[1])
+        return {"ess": drawn.ess, "khat": drawn.khat, "bound": bound, "done": good or settled}
+
+
+def _not_finite(density: TaskDensity, context: Context, info: Any) -> str:
+    log_p, theta, noise = info["log_p"].detach(), info["theta"].detach(), info["noise"].detach()
+    bad = (~torch.isfinite(log_p)).nonzero()
+    if not len(bad):
+        return "the loss is not finite although every task's log density is: the guide has diverged; lower lr"
+    draw, task = (int(i) for i in bad[0])
+    terms = density.terms(context.batch, theta[draw], noise[draw])
+    sites = [name for name, values in terms.items() if not torch.isfinite(values[task])]
+    return (
+        f"the log density of task {context.batch.names[task]!r} is not finite at site(s) {sites or list(terms)}; training "
+        "has stopped. Check that the data lie inside the likelihood's support and that no scale can become 0 or inf"
+    )

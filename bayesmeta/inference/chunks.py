@@ -1,0 +1,62 @@
+"""Cutting work into pieces: tasks of like size together, draws of θ in chunks that fit the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.batch import Batch
+from bayesmeta.data.tasks import Tasks
+
+CHUNK_ELEMENTS = 2**17
+"""Rows × tasks × draws evaluated at once: more falls out of the cache, less pays overhead."""
+CHUNK_TASKS = 512
+GROWTH = 4
+"""Ratio between the sizes that tasks are padded to; a smaller one pads less and records more graphs."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tasks of like size: their positions `(T,)` and their batch."""
+
+    index: np.ndarray
+    batch: Batch
+
+
+def padded_rows(size: int) -> int:
+    """The number of rows that a task of this size is padded to: 1, 4, 16, 64, …"""
+    rows = 1
+    while rows < size:
+        rows *= GROWTH
+    return rows
+
+
+def task_chunks(tasks: Tasks, *, exact_size: bool, limit: int = CHUNK_TASKS) -> Iterator[Chunk]:
+    """Yields all tasks, tasks of like (or equal) size together, at most `limit` at once."""
+    sizes = np.asarray(tasks.sizes)
+    rows = np.maximum(sizes, 1) if exact_size else np.array([padded_rows(int(n)) for n in np.unique(sizes)])
+    if not exact_size:
+        rows = rows[np.searchsorted(np.unique(sizes), sizes)]
+    for target in np.unique(rows):
+        members = np.flatnonzero(rows == target)
+        widest = max(1, int(sizes[members].max()))
+        for start in range(0, len(members), limit):
+            index = members[start : start + limit]
+            yield Chunk(index, tasks.batch(index, rows=widest))
+
+
+def theta_chunks(theta: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
+    """Yields draws of θ in chunks of one size (the last is filled up): `(where they belong, theta)`."""
+    per_draw = max(1, batch.mask.numel())
+    pieces = max(1, round(len(theta) * per_draw / CHUNK_ELEMENTS))
+    size = -(-len(theta) // pieces)
+    for start in range(0, len(theta), size):
+        part = theta[start : start + size]
+        keep = len(part)
+        if keep < size:
+            part = torch.cat([part, part[-1:].expand(size - keep, -1)])
+        yield slice(start, start + keep), part

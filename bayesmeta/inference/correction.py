@@ -1,0 +1,140 @@
+"""Correcting q(θ): weighted draws of θ from the evidence of all tasks, by adaptive importance sampling."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import psis
+from bayesmeta.inference.candidates import log_evidence
+from bayesmeta.inference.gaussian import HEAVY_DF, heavy_scale, normal_log_prob, student_t_log_prob
+from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.shared import WIDE, PointShared
+
+PER_THETA = 8
+"""Candidates a task in an estimate of its evidence, at the start."""
+MAX_PER_THETA = 256
+MAX_VARIANCE = 0.3
+"""Variance of Σ log p̂ above which more candidates are drawn."""
+MAX_EVALUATIONS = 16_000_000
+"""Bound on draws × tasks × candidates of one correction."""
+PILOT_TASKS = 2000
+ADAPTED_WIDTH = 1.1
+MIN_DRAWS = 200
+
+
+@dataclass
+class SharedDraws:
+    """Weighted draws of θ.
+
+    Attributes:
+        theta: Unconstrained draws `(S, d_theta)`.
+        log_weight: Normalised log weights `(S,)`.
+        khat: Pareto k̂ of the weights.
+        ess: Relative effective sample size.
+        status: "corrected", "uncorrected", "plug-in" or "sampled".
+    """
+
+    theta: Tensor
+    log_weight: np.ndarray
+    khat: float
+    ess: float
+    status: str
+
+
+def correct_shared(density: TaskDensity, guides: Guides, tasks: Tasks, *, draws: int) -> SharedDraws:
+    """Weighs draws of θ by prior(θ) Π p̂(D_i | θ) / proposal(θ).
+
+    The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first.
+    Where the evidence of all tasks together is too noisy for that, q's own draws are returned as "uncorrected".
+    """
+    if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared):
+        status = "plug-in" if density.structure.shared_size else "sampled"
+        return _equal(guides.shared.sample(draws), status, 0.0, 1.0)
+    per_theta, variance = _enough_candidates(density, guides, tasks)
+    affordable = int(MAX_EVALUATIONS / (len(tasks) * per_theta))
+    if variance > 1 or affordable < MIN_DRAWS:
+        return _equal(guides.shared.sample(draws), "uncorrected", math.inf, math.nan)
+    first = guides.shared.sample(max(MIN_DRAWS, min(draws // 4, affordable)), wide=True)
+    score = functools.partial(_log_target, density, guides, tasks, per_theta)
+    log_weight = score(first) - guides.shared.log_prob(first, wide=True)
+    if not _usable(log_weight, first.shape[1]):
+        return _weighed(first, log_weight)
+    proposal = _Adapted(first, log_weight)
+    theta = proposal.sample(max(MIN_DRAWS, min(draws, affordable)))
+    return _weighed(theta, score(theta) - proposal.log_prob(theta))
+
+
+class _Adapted:
+    """A t(5) with the mean and covariance of weighted draws."""
+
+    def __init__(self, theta: Tensor, log_weight: Tensor) -> None:
+        weight = log_weight.softmax(0)
+        self._mean = weight @ theta
+        centred = theta - self._mean
+        covariance = centred.mT @ (weight.unsqueeze(-1) * centred)
+        self._factor = ADAPTED_WIDTH * torch.linalg.cholesky(covariance)
+
+    def sample(self, count: int) -> Tensor:
+        noise = torch.randn(count, len(self._mean), dtype=self._mean.dtype)
+        return self._mean + noise * heavy_scale((count, 1), noise) @ self._factor.mT
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        white = torch.linalg.solve_triangular(self._factor, (theta - self._mean).mT, upper=False).mT
+        log_det = -self._factor.diagonal().log().sum()
+        return student_t_log_prob(white.square().sum(-1), log_det, theta.shape[1])
+
+
+def _usable(log_weight: Tensor, dim: int) -> bool:
+    """Whether weighted draws can carry a covariance."""
+    ess = float(psis.relative_ess(log_weight.numpy())) * len(log_weight)
+    return ess > 5 * dim
+
+
+def _weighed(theta: Tensor, log_weight: Tensor) -> SharedDraws:
+    smoothed, khat = psis.smooth(log_weight.numpy())
+    status = "corrected" if khat < psis.khat_limit(len(theta)) else "uncorrected"
+    return SharedDraws(theta, smoothed, float(khat), float(psis.relative_ess(smoothed)), status)
+
+
+def _equal(theta: Tensor, status: str, khat: float, ess: float) -> SharedDraws:
+    return SharedDraws(theta, np.full(len(theta), -math.log(len(theta))), khat, ess, status)
+
+
+def _log_target(density: TaskDensity, guides: Guides, tasks: Tasks, per_theta: int, theta: Tensor) -> Tensor:
+    evidence = log_evidence(density, guides, tasks, theta, per_theta=per_theta)
+    return evidence.sum(1, dtype=torch.float64) + density.log_prior(theta, guides.values)
+
+
+def _enough_candidates(density: TaskDensity, guides: Guides, tasks: Tasks) -> tuple[int, float]:
+    """The number of candidates that keeps the variance of Σ log p̂ small, and that variance."""
+    pilot = tasks
+    if len(tasks) > PILOT_TASKS:
+        pilot = tasks[np.sort(torch.randperm(len(tasks))[:PILOT_TASKS].numpy())]
+    theta = guides.shared.sample(16)
+    pair = [log_evidence(density, guides, pilot, theta, per_theta=PER_THETA) for _ in range(2)]
+    variance = float((pair[0] - pair[1]).square().mean() / 2) * len(tasks)
+    if not math.isfinite(variance):
+        return PER_THETA, math.inf
+    needed = PER_THETA * max(1.0, variance / MAX_VARIANCE)
+    per_theta = min(MAX_PER_THETA, 2 ** math.ceil(math.log2(needed)))
+    return per_theta, variance * PER_THETA / per_theta
+
+
+@functools.cache
+def reachable_ess(dim: int) -> float:
+    """Relative ESS of a perfect Gaussian q(θ) under its t(5) proposal 1.5 times as wide, in `dim` dimensions."""
+    generator = np.random.default_rng(0)
+    count = 4000
+    chi = generator.chisquare(HEAVY_DF, count)
+    quadratic = torch.as_tensor(WIDE**2 * np.square(generator.standard_normal((count, dim))).sum(1) * HEAVY_DF / chi)
+    zero = torch.zeros(count, dtype=torch.float64)
+    log_weight = normal_log_prob(quadratic, zero, dim) - student_t_log_prob(quadratic / WIDE**2, zero, dim)
+    return float(psis.relative_ess(log_weight.numpy()))

@@ -1,0 +1,194 @@
+"""The posterior of each task given the fit: weighted candidates, gates, and draws paired with θ.
+
+Known tasks share one resampled set of θ draws, so that one draw of all of them is a joint draw; new tasks are inferred
+one by one, each re-weighting θ by its own evidence. Every path integrates over θ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import psis
+from bayesmeta.inference.candidates import candidates, guide_draws, log_evidence, prior_noise
+from bayesmeta.inference.correction import SharedDraws
+from bayesmeta.inference.objectives import Guides
+
+MIN_CANDIDATES = 8
+EFFECTIVE_CANDIDATES = 16
+"""Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
+MAX_CANDIDATES = 128
+PILOT_THETA = 64
+
+
+@dataclass
+class TaskDraws:
+    """Weighted candidates of T tasks, and equally weighted draws chosen among them.
+
+    Attributes:
+        theta: θ of each of K candidates `(K, d_theta)`.
+        noise: Whitened task parameters `(K, T, d)`.
+        log_weight: Normalised log weights of the candidates of a task `(K, T)`.
+        index: The candidate that is draw s of task i `(S, T)`.
+        khat, ess: Diagnostics `(T,)`.
+        method: "psis", "amortized" or "prior" `(T,)`.
+        flag: What is wrong, "" if nothing is `(T,)`.
+        joint: Draw s of all tasks is one joint draw.
+    """
+
+    theta: Tensor
+    noise: Tensor
+    log_weight: np.ndarray
+    index: np.ndarray
+    khat: np.ndarray
+    ess: np.ndarray
+    method: list[str]
+    flag: list[str]
+    joint: bool
+
+
+def infer_known(
+    density: TaskDensity, guides: Guides, shared: SharedDraws, tasks: Tasks, *, draws: int, refine: str
+) -> TaskDraws:
+    """Joint draws of θ and of training tasks.
+
+    θ has already learned from these tasks: it is resampled once, and each task's parameters are then chosen among M
+    candidates at every θ_s. k̂ and the relative ESS are those of log w − log p̂₋(D_i | θ_s), p̂₋ without the candidate.
+    """
+    theta = _resampled(shared, draws)
+    if refine == "none":
+        return _unchecked(density, guides, tasks, theta, joint=True)
+    per_theta = _candidates_needed(density, guides, tasks, theta)
+    pool = theta.repeat_interleave(per_theta, 0)
+    drawn = candidates(density, guides, tasks, pool)
+    raw = drawn.log_weight.reshape(draws, per_theta, len(tasks))
+    within = raw - raw.logsumexp(1, keepdim=True)
+    chosen = _choose(within)
+    offset = np.arange(draws)[:, None] * per_theta
+    leave_one_out = raw - _log_mean_of_others(raw)
+    khat, ess = _diagnose(leave_one_out.reshape(-1, len(tasks)).numpy())
+    log_weight = (within - math.log(draws)).reshape(-1, len(tasks)).numpy()
+    flag = _flags(khat, ess, len(pool))
+    return TaskDraws(
+        pool, drawn.noise, log_weight, offset + chosen, khat, ess, ["psis"] * len(tasks), flag, joint=True
+    )
+
+
+def infer_new(
+    density: TaskDensity,
+    guides: Guides,
+    theta: Tensor,
+    tasks: Tasks,
+    *,
+    refine: str,
+    replaced: Tasks | None = None,
+) -> TaskDraws:
+    """Independent inferences of tasks that θ has not learned from.
+
+    Args:
+        density: The model.
+        guides: What was learned.
+        theta: Draws of θ given the training tasks `(S, d_theta)`.
+        tasks: The new tasks.
+        refine: "none" leaves the guide's draws unchecked.
+        replaced: The training tasks that `tasks` replace: their evidence is divided out of θ.
+    """
+    if refine == "none" and replaced is None:
+        return _unchecked(density, guides, tasks, theta, joint=False)
+    drawn = candidates(density, guides, tasks, theta)
+    raw = drawn.log_weight
+    if replaced is not None:
+        raw = raw - log_evidence(density, guides, replaced, theta, per_theta=EFFECTIVE_CANDIDATES)
+    smoothed, khat = psis.smooth(raw.numpy().T)
+    ess = psis.relative_ess(raw.numpy().T)
+    generator = np.random.default_rng(int(torch.randint(2**62, ())))
+    index = np.stack([psis.resample(row, len(theta), generator) for row in smoothed], 1)
+    flag = _flags(khat, ess, len(theta))
+    return TaskDraws(
+        theta, drawn.noise, smoothed.T, index, khat, ess, ["psis"] * len(tasks), flag, joint=False
+    )
+
+
+def infer_empty(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:
+    """Draws of the prior for tasks without rows."""
+    noise = prior_noise(density, guides, tasks, theta)
+    return _equal(theta, noise, "prior", 0.0, "", joint)
+
+
+def resample_theta(shared: SharedDraws, draws: int) -> Tensor:
+    """Equally weighted draws of θ `(draws, d_theta)`."""
+    return _resampled(shared, draws)
+
+
+def _resampled(shared: SharedDraws, draws: int) -> Tensor:
+    generator = np.random.default_rng(int(torch.randint(2**62, ())))
+    return shared.theta[torch.as_tensor(psis.resample(shared.log_weight, draws, generator))]
+
+
+def _unchecked(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor, *, joint: bool) -> TaskDraws:
+    noise = guide_draws(density, guides, tasks, theta)
+    return _equal(theta, noise, "amortized", math.nan, "not checked (refine='none')", joint)
+
+
+def _equal(theta: Tensor, noise: Tensor, method: str, khat: float, flag: str, joint: bool) -> TaskDraws:
+    draws, count = noise.shape[:2]
+    index = np.broadcast_to(np.arange(draws)[:, None], (draws, count))
+    log_weight = np.broadcast_to(np.float64(-math.log(draws)), (draws, count))
+    ones = np.ones(count)
+    return TaskDraws(
+        theta, noise, log_weight, index, khat * ones, ones, [method] * count, [flag] * count, joint=joint
+    )
+
+
+def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> int:
+    """M such that M × relative ESS ≥ 16 for every task, from a pilot."""
+    pilot = theta[:PILOT_THETA].repeat_interleave(MIN_CANDIDATES, 0)
+    raw = candidates(density, guides, tasks, pilot).log_weight.reshape(-1, MIN_CANDIDATES, len(tasks))
+    _, ess = _diagnose((raw - _log_mean_of_others(raw)).reshape(-1, len(tasks)).numpy())
+    worst = max(float(np.min(ess)), EFFECTIVE_CANDIDATES / MAX_CANDIDATES)
+    return max(MIN_CANDIDATES, math.ceil(EFFECTIVE_CANDIDATES / worst))
+
+
+def _log_mean_of_others(raw: Tensor) -> Tensor:
+    """log of the mean weight of the other candidates at the same θ: `(S, M, T)` -> `(S, M, T)`."""
+    peak = raw.amax(1, keepdim=True)
+    scaled = (raw - peak).exp()
+    others = (scaled.sum(1, keepdim=True) - scaled).clamp(min=torch.finfo(raw.dtype).tiny)
+    return others.log() + peak - math.log(raw.shape[1] - 1)
+
+
+def _choose(log_share: Tensor) -> np.ndarray:
+    """Draws one candidate of each θ and task: `(S, M, T)` -> `(S, T)`."""
+    cumulative = log_share.exp().cumsum(1)
+    point = torch.rand(log_share.shape[0], 1, log_share.shape[2], dtype=log_share.dtype)
+    return (cumulative < point * cumulative[:, -1:]).sum(1).clamp(max=log_share.shape[1] - 1).numpy()
+
+
+def _diagnose(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k̂ and relative ESS of each task from log weights `(K, T)`."""
+    _, khat = psis.smooth(log_weight.T)
+    return khat, psis.relative_ess(log_weight.T)
+
+
+def _flags(khat: np.ndarray, ess: np.ndarray, count: int) -> list[str]:
+    limit = psis.khat_limit(count)
+    good = psis.accepted(khat, ess, count)
+    return [
+        "" if ok else f"importance sampling failed: k̂ {k:.2f} (limit {limit:.2f}), relative ESS {e:.3f} (limit 0.2)"
+        for ok, k, e in zip(good, khat, ess, strict=True)
+    ]
+
+
+def merge(parts: Sequence[tuple[np.ndarray, TaskDraws]], count: int) -> list[tuple[TaskDraws, int]]:
+    """Where each of `count` tasks is found: its draws and its position in them."""
+    where: dict[int, tuple[TaskDraws, int]] = {}
+    for index, part in parts:
+        where |= {int(task): (part, position) for position, task in enumerate(index)}
+    return [where[task] for task in range(count)]

@@ -1,0 +1,80 @@
+"""Pareto-smoothed importance sampling: smoothed weights, k̂ and relative effective sample sizes.
+
+The smoothing is ArviZ's, in both of its generations; here are the gates of this project.
+
+References:
+    Vehtari, Simpson, Gelman, Yao, Gabry: Pareto Smoothed Importance Sampling, 2024, https://jmlr.org/papers/v25/19-556.html
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+
+CONSTANT_WEIGHTS = 1e-3
+"""Log weights whose sd is below this are constant: k̂ is 0 by definition, an estimate would be noise."""
+MIN_RELATIVE_ESS = 0.2
+MIN_TAIL = 25
+"""Fewer weights than this are not smoothed: there is no tail to fit."""
+
+
+def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smooths importance weights.
+
+    Args:
+        log_weights: `(..., S)`, unnormalised.
+
+    Returns:
+        Normalised smoothed log weights `(..., S)` and k̂ `(...)`.
+    """
+    log_weights = np.asarray(log_weights, dtype=float)
+    constant = log_weights.std(-1) < CONSTANT_WEIGHTS
+    if log_weights.shape[-1] < MIN_TAIL or constant.all():
+        return _normalised(log_weights), np.where(constant, 0.0, np.inf if log_weights.shape[-1] < MIN_TAIL else 0.0)
+    smoothed, khat = _psislw(log_weights)
+    return np.where(constant[..., None], _normalised(log_weights), smoothed), np.where(constant, 0.0, khat)
+
+
+def relative_ess(log_weights: np.ndarray) -> np.ndarray:
+    """Relative effective sample size 1 / (S Σ w²) of log weights `(..., S)`."""
+    weights = np.exp(_normalised(np.asarray(log_weights, dtype=float)))
+    return 1.0 / (weights.shape[-1] * np.square(weights).sum(-1))
+
+
+def khat_limit(count: int) -> float:
+    """The k̂ above which S weights are not to be trusted: min(0.7, 1 - 1/log₁₀ S)."""
+    return min(0.7, 1 - 1 / math.log10(count)) if count > 10 else -math.inf
+
+
+def accepted(khat: np.ndarray, ess: np.ndarray, count: int) -> np.ndarray:
+    """Which importance samples of `count` weights pass both gates."""
+    return (khat == 0) | ((khat < khat_limit(count)) & (ess >= MIN_RELATIVE_ESS))
+
+
+def resample(log_weights: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Systematic resampling: `count` indices drawn with the given weights `(S,)`, shuffled."""
+    weights = np.exp(_normalised(np.asarray(log_weights, dtype=float)))
+    points = (generator.random() + np.arange(count)) / count
+    index = np.minimum(np.searchsorted(np.cumsum(weights), points), len(weights) - 1)
+    return generator.permutation(index)
+
+
+def _normalised(log_weights: np.ndarray) -> np.ndarray:
+    peak = log_weights.max(-1, keepdims=True)
+    return log_weights - peak - np.log(np.exp(log_weights - peak).sum(-1, keepdims=True))
+
+
+def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from arviz_stats.base import array_stats
+        except ImportError:
+            from arviz import psislw
+
+            smoothed, khat = psislw(log_weights)
+        else:
+            smoothed, khat = array_stats.psislw(log_weights, axis=-1)
+    return np.asarray(smoothed), np.asarray(khat)

@@ -1,0 +1,125 @@
+"""The training loop: stages of Adam with a cosine schedule until a diagnostic is satisfied.
+
+Knows no objective and no model by name: it gets a function that gives a loss, groups of parameters, and a function
+that judges after every stage.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+STAGES = (600, 900, 1500, 3000, 6000)
+"""Steps of the stages of automatic training; each restarts the schedule."""
+REPORT_EVERY = 25
+SMOOTHING = 0.02
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How to train.
+
+    Args:
+        steps: Steps in all; None stops by itself.
+        batch_tasks: Tasks a step, drawn uniformly.
+        lr: Peak learning rate of the networks; None chooses 5e-3.
+    """
+
+    steps: int | None = None
+    batch_tasks: int = 256
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch_tasks", self.batch_tasks), ("lr", self.lr)):
+            if value is not None and not value > 0:
+                raise ValueError(f"Optimizer: {name} must be positive, got {value}")
+
+    def stages(self) -> Sequence[int]:
+        """Lengths of the stages."""
+        return STAGES if self.steps is None else (self.steps,)
+
+
+@dataclass
+class History:
+    """What training went through: `steps` has one record every few steps, `stages` one a stage."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+
+LossFunction = Callable[[], Tensor]
+Judge = Callable[[float], Mapping[str, Any]]
+"""Called after a stage with the mean bound of its last quarter; its record's entry "done" says whether to stop."""
+
+
+def train(
+    loss: LossFunction,
+    groups: Sequence[dict[str, Any]],
+    *,
+    optimizer: Optimizer,
+    between: Callable[[], None],
+    judge: Judge,
+    progress: bool,
+) -> History:
+    """Minimises a loss, given in nats a task.
+
+    Args:
+        loss: Computes the loss of one step.
+        groups: Parameter groups of the optimiser, each with its peak "lr".
+        optimizer: Steps and rates.
+        between: Called before every stage.
+        judge: Called after every stage.
+        progress: Whether to show a bar with the bound, the diagnostic and the time left.
+    """
+    history = History()
+    start = time.perf_counter()
+    stages = optimizer.stages()
+    with tqdm(total=sum(stages), disable=not progress, unit="step", leave=False) as bar:
+        for stage, steps in enumerate(stages):
+            between()
+            bound = _run_stage(loss, groups, steps, history, bar, start)
+            record = dict(judge(bound), stage=stage, steps=steps, seconds=time.perf_counter() - start)
+            history.stages.append(record)
+            if record["done"]:
+                break
+    return history
+
+
+def _run_stage(
+    loss: LossFunction, groups: Sequence[dict[str, Any]], steps: int, history: History, bar: Any, start: float
+) -> float:
+    groups = [g for g in groups if g["params"]]
+    adam = torch.optim.Adam([dict(g) for g in groups], fused=True, betas=(0.9, 0.99))
+    peaks = [g["lr"] for g in groups]
+    average, last_quarter = math.nan, []
+    for step in range(steps):
+        factor = min(1.0, (step + 1) / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, peak in zip(adam.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        adam.zero_grad(set_to_none=True)
+        value = loss()
+        value.backward()
+        adam.step()
+        now = float(value.detach())
+        if step >= 0.75 * steps:
+            last_quarter.append(-now)
+        average = now if math.isnan(average) else (1 - SMOOTHING) * average + SMOOTHING * now
+        if step % REPORT_EVERY == 0 or step == steps - 1:
+            ess = history.stages[-1]["ess"] if history.stages else math.nan
+            elapsed = time.perf_counter() - start
+            history.steps.append({"step": bar_position(history, step), "elbo": -average, "ess": ess, "seconds": elapsed})
+            bar.set_postfix(elbo=f"{-average:.4g}", ess="?" if math.isnan(ess) else f"{ess:.2f}", refresh=False)
+        bar.update(1)
+    return sum(last_quarter) / len(last_quarter)
+
+
+def bar_position(history: History, step: int) -> int:
+    """The number of a step counted from the first stage."""
+    return sum(int(s["steps"]) for s in history.stages) + step
