@@ -17,6 +17,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.func import functionalize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -27,6 +28,25 @@ logger = logging.getLogger("bayesmeta")
 _LOCK = threading.RLock()
 
 TensorFunction = Callable[..., Any]
+
+
+_IS_TRAINABLE = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def _independent_fills() -> dict[Any, Callable[..., Any]]:
+    """In-place random fills as out-of-place draws: functionalised fills repeat one noise in every vmapped slice."""
+    aten = torch.ops.aten
+    table: dict[Any, Callable[..., Any]] = dict(
+        get_decompositions([aten.exponential, aten.cauchy, aten.geometric, aten.log_normal])
+    )
+
+    def normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
+        return torch.randn_like(x) * std + mean
+
+    def uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
+        return torch.rand_like(x) * (high - low) + low
+
+    return table | {aten.normal_functional.default: normal, aten.uniform.default: uniform}
 
 
 class Captured(TorchFunctionMode):
@@ -57,6 +77,8 @@ class Captured(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replaces captured tensors in the arguments of every torch call."""
+        if func is _IS_TRAINABLE:  # pyro.module asks a parameter itself, before it registers it
+            return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
             args, kwargs = pytree.tree_map_only(Tensor, self._swap, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -85,6 +107,17 @@ def seeded(seed: int) -> Iterator[None]:
 def signature(leaves: list[Any]) -> tuple[Any, ...]:
     """What a graph depends on besides values: shapes and dtypes."""
     return tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def _pin_dtypes(graph: torch.fx.GraphModule) -> None:
+    """Gives factories (zeros, eye, …) the dtype they had when recorded: the default may differ at the call."""
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and "tensor_meta" in node.meta:
+            names = {argument.name for argument in node.target._schema.arguments}
+            if "dtype" in names and not node.all_input_nodes and node.kwargs.get("dtype") is None:
+                node.kwargs = {**node.kwargs, "dtype": node.meta["tensor_meta"].dtype}
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 class Recorded:
@@ -152,6 +185,7 @@ class Recorded:
         try:
             with seeded(0), self._context():
                 recorded = make_fx(batched)(*examples)
+            _pin_dtypes(recorded)
             self.status[key] = "recorded"
             return recorded
         except (RuntimeError, NotImplementedError) as error:
@@ -174,9 +208,10 @@ class Recorded:
         try:
             examples = [leaf.detach() for leaf in leaves]
             with seeded(0), self._context():
-                graph = make_fx(functionalize(flat, remove="mutations"))(*examples)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
+                graph = make_fx(
+                    functionalize(flat, remove="mutations"), decomposition_table=_independent_fills()
+                )(*examples)
+            _pin_dtypes(graph)
             moving = len(pytree.tree_leaves(pytree.tree_unflatten(leaves, spec)[: self._vary]))
             agrees = self._random or self._agrees(flat, graph, examples, moving)
             reason = "recorded" if agrees else "the recorded graph gives other numbers at another point"
