@@ -1,3 +1,34 @@
 """Bayesian meta-learning for people with many small, related data sets."""
 
+from bayesmeta.data.batch import Batch
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.fitting import Fit, fit, simulate
+from bayesmeta.hierarchy import likelihoods, priors
+from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel, with_conditional
+from bayesmeta.inference import guides
+from bayesmeta.inference.amortized import Amortized
+from bayesmeta.inference.protocols import TaskGuide
+from bayesmeta.inference.training import Optimizer
+from bayesmeta.results.posterior import Posterior
+from bayesmeta.results.prediction import Prediction
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Amortized",
+    "Batch",
+    "ConditionalModel",
+    "Fit",
+    "HierarchicalModel",
+    "Optimizer",
+    "Posterior",
+    "Prediction",
+    "TaskGuide",
+    "Tasks",
+    "fit",
+    "guides",
+    "likelihoods",
+    "priors",
+    "simulate",
+    "with_conditional",
+]

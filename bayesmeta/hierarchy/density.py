@@ -141,6 +141,29 @@ class _Origin:
         return value, log_prior, torch.zeros_like(log_prior)
 
 
+class _Given(_Origin):
+    """Shared sites at given constrained values; `theta` collects their unconstrained coordinates."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+        self.theta: dict[str, Tensor] = {}
+
+    def shared(self, name: str, fn: dist.TorchDistribution) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes the value as given."""
+        value = self._values[name]
+        if not bool(whitening.support(fn).check(value).all()):
+            raise ValueError(f"shared: {name!r} = {value.tolist()} is outside its support {whitening.support(fn)}")
+        self.theta[name] = whitening.bijection(fn).inv(value)
+        return value, torch.zeros(()), torch.zeros(())
+
+
+def _shaped(site: Site, value: Any, dtype: torch.dtype) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=dtype)
+    if tuple(tensor.shape) != site.shape:
+        raise ValueError(f"shared: {site.name!r} must have shape {site.shape}, got {tuple(tensor.shape)}")
+    return tensor
+
+
 Pick = Callable[[Trace, Any], Any]
 
 
@@ -211,6 +234,20 @@ class TaskDensity:
         with model_context(self.dtype), torch.no_grad():
             trace, _ = self._trace(Batch(self.tensors(batch), batch.names, self.schema), latents, outcome="sample")
         return trace.values | _values(trace, latents), trace.outcomes
+
+    def theta_of(self, values: Mapping[str, Any]) -> Tensor:
+        """The unconstrained θ `(d_theta,)` of given values of all shared sites.
+
+        Raises:
+            ValueError: A site is missing, unknown, of another shape, or outside its support.
+        """
+        names = [site.name for site in self.structure.shared]
+        if sorted(values) != sorted(names):
+            raise ValueError(f"shared: expected a value for each of {sorted(names)}, got {sorted(values)}")
+        given = _Given({site.name: _shaped(site, values[site.name], self.dtype) for site in self.structure.shared})
+        with model_context(self.dtype), torch.no_grad():
+            self._trace(Batch(self._probe_tensors, ("probe",), self.schema), given)
+        return torch.cat([given.theta[name].reshape(-1) for name in names]) if names else self.initial_theta()
 
     def initial_theta(self) -> Tensor:
         """Unconstrained zero, where every shared site is inside its support."""

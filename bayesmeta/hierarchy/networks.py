@@ -6,6 +6,7 @@ multilayer perceptron. What an encoder makes of them lives in `inference/guides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ class RowInputs(nn.Module):
         self._columns = tuple(schema.columns)
         self._task_columns = tuple(schema.task_columns)
         self.parts = nn.ModuleDict()
-        widths = [self._add("x", self._plain_x(tasks.x)), self._add("y", tasks.y.reshape(len(tasks.y), -1))]
+        widths = [self._add("x", self._plain_x(tasks.x)), self._add("y", _matrix(tasks.y))]
         if self._missing:
             widths.append(widths[1])
         widths += [self._add_levels(f"x.{name}", len(schema.levels[name])) for _, name in self._x_levels]
@@ -133,7 +134,7 @@ class RowInputs(nn.Module):
     def _plain_x(self, x: Tensor) -> Tensor:
         if self.embed is not None:
             return self.embed(x[:1].float()).detach()
-        flat = x.reshape(x.shape[0], -1)
+        flat = _matrix(x)
         keep = [i for i in range(flat.shape[1]) if i not in {i for i, _ in self._x_levels}]
         return flat[:, keep]
 
@@ -150,7 +151,7 @@ class RowInputs(nn.Module):
     def _add_column(self, key: str, rows: Tensor, levels: Sequence[str] | None) -> int:
         if levels is not None:
             return self._add_levels(key, len(levels))
-        return self._add(key, rows.reshape(len(rows), -1))
+        return self._add(key, _matrix(rows))
 
     def forward(self, batch: Batch) -> Rows:
         """Reads the rows of a batch that carry a label."""
@@ -159,9 +160,9 @@ class RowInputs(nn.Module):
         real = labelled.reshape(-1).nonzero().squeeze(-1)
         flat = {k: t.reshape(tasks * rows, *t.shape[2:])[real] for k, t in batch.tensors.items() if _by_row(k)}
         inputs = [self._x(flat["x"])]
-        y = self.parts["y"](flat["y"].reshape(len(real), -1))
+        y = self.parts["y"](_matrix(flat["y"]))
         if self._missing:
-            seen = flat["observed"].reshape(len(real), -1).float()
+            seen = _matrix(flat["observed"]).float()
             inputs += [y * seen, seen]
         else:
             inputs.append(y)
@@ -180,7 +181,11 @@ class RowInputs(nn.Module):
 
     def _column(self, key: str, values: Tensor) -> Tensor:
         part = self.parts[_key(key)]
-        return part(values) if isinstance(part, Levels) else part(values.reshape(len(values), -1))
+        return part(values) if isinstance(part, Levels) else part(_matrix(values))
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    return rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
 
 
 def _key(name: str) -> str:

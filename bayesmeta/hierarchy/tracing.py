@@ -7,6 +7,7 @@ are the only ones that see Pyro messages.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -28,6 +29,11 @@ from bayesmeta.hierarchy import whitening
 from bayesmeta.hierarchy.recording import Captured
 
 Model = Callable[[Batch], Any]
+
+_SUBSAMPLED = (
+    "plate {name!r} subsamples {part} of {size}, which would silently change the density; drop subsample_size and "
+    "subsample, bayesmeta draws mini-batches of tasks itself"
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,7 @@ class _Handler(Messenger):
         self._latents, self._learned, self._dtype, self._outcome = latents, learned, dtype, outcome
         self._replacements = {id(t): learned.values[n] for n, t in learned.originals.items()} | learned.buffers
         self.captured = Captured(self._replacements, dtype)
+        self._seen: set[str] = set()
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         name, init = msg["args"][0], msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor")
@@ -174,20 +181,37 @@ class _Handler(Messenger):
             _check_plate(msg["name"], fn)
             return
         plates = {frame.name for frame in msg["cond_indep_stack"]}
+        self._check_name(msg["name"])
+        _check_frames(msg["name"], msg["cond_indep_stack"])
         if msg["infer"] is not None and msg["infer"].get("_deterministic"):
-            self._store(msg["name"], msg["value"], "task" in plates)
+            self._store(msg["name"], msg["value"], plates)
         elif msg["is_observed"]:
             self._observe(msg, plates)
+        elif isinstance(fn, dist.Delta):
+            self._fix(msg, plates)
         else:
             self._draw(msg, plates)
 
-    def _store(self, name: str, value: Tensor, in_tasks: bool) -> None:
-        (self.trace.task_values if in_tasks else self.trace.values)[name] = value
+    def _check_name(self, name: str) -> None:
+        if name in self._seen:
+            raise ValueError(f"two sites are named {name!r}; give every pyro.sample and pyro.deterministic its own name")
+        self._seen.add(name)
+
+    def _store(self, name: str, value: Tensor, plates: set[str]) -> None:
+        if "obs" not in plates:
+            (self.trace.task_values if "task" in plates else self.trace.values)[name] = value
+
+    def _fix(self, msg: dict[str, Any], plates: set[str]) -> None:
+        """A latent site with one possible value: deterministic."""
+        msg["value"] = msg["fn"].v
+        self._store(msg["name"], msg["value"], plates)
 
     def _draw(self, msg: dict[str, Any], plates: set[str]) -> None:
         name, fn = msg["name"], msg["fn"]
         in_tasks = "task" in plates
-        _check_latent(name, fn, plates, msg["cond_indep_stack"])
+        _check_latent(name, fn, plates)
+        if in_tasks:
+            _check_task_site(name, fn, plates, self.trace.tasks)
         self.trace.latent.append((name, in_tasks, fn))
         plain = msg["mask"] is None and isinstance(msg["scale"], (int, float)) and msg["scale"] == 1
         if in_tasks:
@@ -200,7 +224,7 @@ class _Handler(Messenger):
         else:
             self.trace.shared_prior = self.trace.shared_prior + terms.sum()
         msg["value"] = value
-        self._store(name, value, in_tasks)
+        self._store(name, value, plates)
 
     def _observe(self, msg: dict[str, Any], plates: set[str]) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -214,6 +238,8 @@ class _Handler(Messenger):
         if self._outcome == "support" and not factor:
             self._check_support(name, fn, value, msg["mask"])
             return
+        kept = _kept(fn, msg["mask"])
+        value = value if factor or kept is None else _inside(fn, value, kept)
         terms = scale_and_mask(fn.log_prob(value), msg["scale"], msg["mask"])
         if not in_tasks:
             self.trace.shared_prior = self.trace.shared_prior + terms.sum()
@@ -222,8 +248,26 @@ class _Handler(Messenger):
 
     def _check_support(self, name: str, fn: dist.TorchDistribution, value: Tensor, mask: Any) -> None:
         inside = whitening.support(fn).check(value)
-        inside = inside if mask is None else inside | ~torch.as_tensor(mask)
+        kept = _kept(fn, mask)
+        inside = inside if kept is None else inside | ~kept
         self.trace.outcomes[name] = inside.expand(torch.broadcast_shapes(inside.shape, (self.trace.tasks, 1)))
+
+
+def _kept(fn: dist.TorchDistribution, mask: Any) -> Tensor | None:
+    """Where a site counts: the masks of its contexts and of its own distribution; None: everywhere."""
+    own = fn._mask if isinstance(fn, dist.MaskedDistribution) else None
+    masks = [m for m in (mask, own) if m is not None and m is not True]
+    return torch.as_tensor(functools.reduce(lambda a, b: a & b, masks)) if masks else None
+
+
+def _inside(fn: dist.TorchDistribution, value: Tensor, kept: Tensor) -> Tensor:
+    """Moves masked values into the support: outside of it a density is NaN, and 0 × NaN is NaN in a gradient."""
+    support = whitening.support(fn)
+    safe = whitening.interior(support, fn.shape())
+    if safe is None:
+        return value
+    usable = support.check(value) | kept
+    return torch.where(usable.reshape(*usable.shape, *[1] * fn.event_dim), value, safe.to(value.dtype))
 
 
 def _task_first(name: str, terms: Tensor, tasks: int) -> Tensor:
@@ -259,28 +303,48 @@ def _mean(name: str, fn: dist.TorchDistribution) -> Tensor:
 
 def _check_plate(name: str, fn: _Subsample) -> None:
     if fn.subsample_size is not None and fn.subsample_size < fn.size:
-        raise ValueError(
-            f"plate {name!r} subsamples {fn.subsample_size} of {fn.size}, which would silently change the density; "
-            "drop subsample_size, bayesmeta draws mini-batches of tasks itself"
-        )
+        raise ValueError(_SUBSAMPLED.format(name=name, part=fn.subsample_size, size=fn.size))
 
 
-def _check_latent(name: str, fn: dist.TorchDistribution, plates: set[str], stack: tuple[Any, ...]) -> None:
+def _check_frames(name: str, stack: tuple[Any, ...]) -> None:
+    for frame in stack:
+        if frame.full_size is not None and frame.full_size != frame.size:
+            raise ValueError(_SUBSAMPLED.format(name=frame.name, part=frame.size, size=frame.full_size))
+
+
+def _check_latent(name: str, fn: dist.TorchDistribution, plates: set[str]) -> None:
     if "obs" in plates:
         raise ValueError(
             f"latent site {name!r} is inside batch.observations(), one value a row; sample it in batch.tasks() as a "
-            "vector (.to_event(1)) and index it by a column, or integrate it into the likelihood"
+            "vector (.to_event(1)) and index it by a column, or integrate it into the likelihood "
+            "(labels that are missing: missing='mask', not obs_mask)"
         )
-    if fn.has_enumerate_support or getattr(fn.support, "is_discrete", False):
+    support = whitening.support(fn)
+    if fn.has_enumerate_support or support.is_discrete:
         raise ValueError(f"latent site {name!r} is discrete ({type(fn).__name__}); sum it out of the likelihood")
-    if "task" in plates and len(stack) > 1:
-        others = sorted(plates - {"task"})
+    try:
+        whitening.bijection(fn)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"latent site {name!r}: no smooth map from real numbers onto its support {support} is known; sample a "
+            "vector with a simpler support (LKJCholesky for a correlation) and transform it"
+        ) from error
+
+
+def _check_task_site(name: str, fn: dist.TorchDistribution, plates: set[str], tasks: int) -> None:
+    others = sorted(plates - {"task"})
+    if others:
         raise ValueError(
             f"task site {name!r} is inside further plates {others}; use .expand([...]).to_event(...) in their place"
         )
-    if "task" in plates and isinstance(fn, dist.ImproperUniform):
+    if isinstance(fn, dist.ImproperUniform):
         raise ValueError(
             f"task site {name!r} has an improper prior; give it a proper one (flat priors: shared sites only)"
+        )
+    if tuple(fn.batch_shape) != (tasks, 1):
+        raise ValueError(
+            f"task site {name!r}: expected one value a task, batch shape ({tasks}, 1), got {tuple(fn.batch_shape)}; "
+            "give its own dimensions to the event with .to_event(1)"
         )
 
 

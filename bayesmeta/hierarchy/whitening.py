@@ -2,9 +2,9 @@
 
 A guide that works in `z` starts at the prior, whatever the prior is. Three kinds of map, chosen by `kind(fn)`:
 `"normal"` (Normal, multivariate normal and bijections of them: their own base noise), `"icdf"` (univariate with an
-inverse distribution function: Φ⁻¹∘F) and `"moments"` (everything else: location and scale in unconstrained space,
+inverse distribution function: F⁻¹∘Φ) and `"moments"` (everything else: location and scale in unconstrained space,
 from the moments of the prior, smooth in its parameters). The first two are exact: the prior of z is standard normal.
-Only `density.py` calls this file; nothing here reads traces.
+`density.py`, `probing.py` and `tracing.py` call this file; nothing here reads traces.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def kind(fn: dist.TorchDistribution) -> str:
     base = _strip(fn)
     if isinstance(base, (torch.distributions.Normal, *_MVN)):
         return "normal"
-    if isinstance(base, torch.distributions.TransformedDistribution):
-        bijective = all(t.bijective for t in base.transforms) and base.base_dist.event_shape == base.event_shape
-        if bijective and kind(base.base_dist) == "normal":
+    if isinstance(base, torch.distributions.TransformedDistribution) and all(t.bijective for t in base.transforms):
+        sized = base.base_dist.event_shape == bijection(base).inverse_shape(base.event_shape)
+        if sized and kind(base.base_dist) == "normal":
             return "normal"
     return "icdf" if not base.event_shape and _has_icdf(base) else "moments"
 
@@ -53,7 +53,9 @@ def _has_icdf(base: dist.TorchDistribution) -> bool:
 
 def support(fn: dist.TorchDistribution) -> constraints.Constraint:
     """The support of a distribution; of a mixture, that of its components."""
-    base = _strip(fn)
+    base = fn
+    while isinstance(base, (*_WRAPPERS, dist.MaskedDistribution)):
+        base = base.base_dist
     if not isinstance(base, torch.distributions.MixtureSameFamily):
         return fn.support
     inner = base.component_distribution.support
@@ -87,10 +89,35 @@ def whiten(fn: dist.TorchDistribution, z: Tensor) -> tuple[Tensor, Tensor]:
     return _from_noise(fn, z), standard_normal_log_prob(z)
 
 
+def log_jacobian(fn: dist.TorchDistribution, z: Tensor, value: Tensor) -> Tensor:
+    """Log |dvalue/dz| of `whiten`, `(T, 1)`; with it a prior may be masked or scaled."""
+    if kind(fn) != "moments":
+        return standard_normal_log_prob(z) - fn.log_prob(value)
+    loc, scale = unconstrained_moments(fn)
+    return _moments_jacobian(fn, z, loc + scale * z, value, scale)
+
+
 def unwhiten(fn: dist.TorchDistribution, value: Tensor) -> Tensor:
     """The inverse of `whiten` for the approximate kind: noise of a given value `(T, 1, *event)`."""
     loc, scale = unconstrained_moments(fn)
     return (bijection(fn).inv(value) - loc) / scale
+
+
+def interior(constraint: constraints.Constraint, shape: torch.Size) -> Tensor | None:
+    """Values inside a constraint, of a given shape; None for the real line and where no rule is known."""
+    inner = constraint
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if isinstance(inner, type(constraints.real)):
+        return None
+    if inner.is_discrete:
+        lowest = 0 if isinstance(inner, type(constraints.boolean)) else getattr(inner, "lower_bound", None)
+        return None if lowest is None else torch.as_tensor(lowest).expand(shape)
+    try:
+        transform = biject_to(constraint)
+    except NotImplementedError:
+        return None
+    return transform(torch.zeros(transform.inverse_shape(shape)))
 
 
 def _from_noise(fn: dist.TorchDistribution, z: Tensor) -> Tensor:
@@ -100,12 +127,54 @@ def _from_noise(fn: dist.TorchDistribution, z: Tensor) -> Tensor:
     if isinstance(base, _MVN):
         return base.loc + (base.scale_tril @ z.unsqueeze(-1)).squeeze(-1)
     if kind(base) == "icdf":
-        info = torch.finfo(z.dtype)
-        return base.icdf(torch.special.ndtr(z).clamp(info.tiny, 1 - info.eps))
+        return _quantile(base, z)
     value = _from_noise(base.base_dist, z)
     for transform in base.transforms:
         value = transform(value)
     return value
+
+
+def _quantile(base: dist.TorchDistribution, z: Tensor) -> Tensor:
+    for family, quantile in _QUANTILES.items():
+        if isinstance(base, family):
+            return quantile(base, z)
+    info = torch.finfo(z.dtype)
+    return base.icdf(torch.special.ndtr(z).clamp(info.tiny, 1 - info.eps))
+
+
+def _odd(half: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """An odd function given by its values at z <= 0, where the lower tail has all its digits."""
+    lower = half(torch.where(z < 0, z, -z))
+    return torch.where(z < 0, lower, -lower)
+
+
+def _half_normal(base: torch.distributions.HalfNormal, z: Tensor) -> Tensor:
+    low, high = z.clamp(max=0.0), z.clamp(min=0.0)
+    lower = math.sqrt(2) * torch.special.erfinv(torch.special.ndtr(low))
+    return base.scale * torch.where(z < 0, lower, -torch.special.ndtri(0.5 * torch.special.ndtr(-high)))
+
+
+def _half_cauchy(base: torch.distributions.HalfCauchy, z: Tensor) -> Tensor:
+    low, high = z.clamp(max=0.0), z.clamp(min=0.0)
+    lower = torch.tan(0.5 * math.pi * torch.special.ndtr(low))
+    return base.scale * torch.where(z < 0, lower, 1 / torch.tan(0.5 * math.pi * torch.special.ndtr(-high)))
+
+
+_log_ndtr = torch.special.log_ndtr
+_QUANTILES: dict[type, Callable[..., Tensor]] = {
+    torch.distributions.HalfNormal: _half_normal,
+    torch.distributions.HalfCauchy: _half_cauchy,
+    torch.distributions.Exponential: lambda fn, z: -_log_ndtr(-z) / fn.rate,
+    torch.distributions.Weibull: lambda fn, z: fn.scale * (-_log_ndtr(-z)) ** (1 / fn.concentration),
+    torch.distributions.Pareto: lambda fn, z: fn.scale * torch.exp(-_log_ndtr(-z) / fn.alpha),
+    torch.distributions.Gumbel: lambda fn, z: fn.loc - fn.scale * torch.log(-_log_ndtr(z)),
+    torch.distributions.Laplace: lambda fn, z: fn.loc + fn.scale * _odd(lambda t: math.log(2) + _log_ndtr(t), z),
+    torch.distributions.Cauchy: lambda fn, z: (
+        fn.loc + fn.scale * _odd(lambda t: -1 / torch.tan(math.pi * torch.special.ndtr(t)), z)
+    ),
+    dist.Logistic: lambda fn, z: fn.loc + fn.scale * (_log_ndtr(z) - _log_ndtr(-z)),
+}
+"""F⁻¹∘Φ where it can keep its digits in both tails; other families go through their `icdf`."""
 
 
 def _from_moments(fn: dist.TorchDistribution, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +182,13 @@ def _from_moments(fn: dist.TorchDistribution, z: Tensor) -> tuple[Tensor, Tensor
     transform = bijection(fn)
     u = loc + scale * z
     value = transform(u)
+    return value, fn.log_prob(value) + _moments_jacobian(fn, z, u, value, scale)
+
+
+def _moments_jacobian(fn: dist.TorchDistribution, z: Tensor, u: Tensor, value: Tensor, scale: Tensor) -> Tensor:
     log_scale = scale.log().expand(z.shape).reshape(*z.shape[:BATCH_DIMS], -1).sum(-1)
-    return value, fn.log_prob(value) + transform.log_abs_det_jacobian(u, value) + log_scale
+    terms = bijection(fn).log_abs_det_jacobian(u, value)
+    return terms.reshape(*z.shape[:BATCH_DIMS], -1).sum(-1) + log_scale
 
 
 def unconstrained_moments(fn: dist.TorchDistribution) -> tuple[Tensor, Tensor]:

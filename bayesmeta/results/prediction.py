@@ -1,0 +1,207 @@
+"""Predictions of new rows: draws, moments, intervals and log scores.
+
+Each draw pairs one θ with one φ of a task; the model itself is run on the new rows with its observed site free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.recording import Recorded, seeded
+from bayesmeta.inference.chunks import CHUNK_ELEMENTS, task_chunks
+
+BY_PAIR = (0, 0, 0, None)
+Draws = tuple[Tensor, Tensor]
+"""θ `(S, T, d_theta)` and noise `(S, T, d)`."""
+
+
+@dataclass
+class Prediction:
+    """Draws of new rows of T tasks.
+
+    Attributes:
+        names: Task names.
+        draws: `(draw, task, M, *dy)`; NaN where a task has fewer than M rows.
+        mask: Real rows `(task, M)`.
+        site: The observed site.
+        kind: "outcome" or "mean".
+    """
+
+    names: tuple[str, ...]
+    draws: np.ndarray
+    mask: np.ndarray
+    site: str
+    kind: str
+    density: TaskDensity = field(repr=False)
+    target: Tasks = field(repr=False)
+    paired: Draws = field(repr=False)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Predictive means `(task, M, *dy)`."""
+        return self.draws.mean(0)
+
+    @property
+    def sd(self) -> np.ndarray:
+        """Predictive standard deviations `(task, M, *dy)`."""
+        return self.draws.std(0)
+
+    def quantile(self, q: float | Sequence[float]) -> np.ndarray:
+        """Predictive quantiles `(*q, task, M, *dy)`."""
+        return np.quantile(self.draws, q, axis=0)
+
+    def interval(self, prob: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """The central interval of probability `prob`: lower and upper ends, `(task, M, *dy)` each."""
+        if not 0 < prob < 1:
+            raise ValueError(f"prob must lie in (0, 1), got {prob}")
+        lower, upper = self.quantile([(1 - prob) / 2, (1 + prob) / 2])
+        return lower, upper
+
+    def log_prob(self, y: Any = None, *, joint: bool = False) -> np.ndarray:
+        """Log predictive density of outcomes: the log of the mean over draws.
+
+        Args:
+            y: Outcomes `(M, *dy)` for all tasks, `(task, M, *dy)` or a list with one array a task; None takes those of
+                the `Tasks` given to `predict`.
+            joint: Score the rows of a task together.
+
+        Returns:
+            `(task, M)`, NaN where there is no row; with `joint`, `(task,)`.
+        """
+        labelled = self.target if y is None else self.target.with_labels(_flat_labels(y, self.target))
+        rows = log_rows(self.density, labelled, self.paired, site=self.site)
+        draws = rows.shape[0]
+        if joint:
+            rows = np.nansum(rows, 2)
+        return np.logaddexp.reduce(rows, 0) - math.log(draws)
+
+
+def predict(
+    density: TaskDensity,
+    target: Tasks,
+    paired: Draws,
+    *,
+    kind: str = "outcome",
+    site: str | None = None,
+    seed: int = 0,
+) -> Prediction:
+    """Draws the observed site at the rows of `target`.
+
+    Args:
+        density: The model.
+        target: The tasks at their new rows.
+        paired: Draws of θ and φ.
+        kind: "outcome" or "mean".
+        site: The observed site, needed where there are several.
+        seed: Of the outcome noise.
+
+    Raises:
+        ValueError: Unknown kind or site, several sites and none chosen, or nothing that can be predicted.
+    """
+    if kind not in ("outcome", "mean"):
+        raise ValueError(f"kind must be 'outcome' or 'mean', got {kind!r}")
+    site = choose_site(density, site)
+    function = density.outcomes if kind == "outcome" else density.means
+    with seeded(seed):
+        draws = _over_pairs(density, target, paired, function, site)
+    return Prediction(target.names, draws, _mask(target), site, kind, density, target, paired)
+
+
+def choose_site(density: TaskDensity, site: str | None) -> str:
+    """The observed site to predict."""
+    sites = density.structure.outcomes
+    if not sites:
+        raise ValueError("the model has no observed site that can be predicted, only factors (pyro.factor)")
+    if site is None and len(sites) > 1:
+        raise ValueError(f"the model has several observed sites {list(sites)}; choose one with site=")
+    if site is not None and site not in sites:
+        raise ValueError(f"unknown observed site {site!r}; there are {list(sites)}")
+    chosen = sites[0] if site is None else site
+    if chosen in density.structure.coupled:
+        raise ValueError(
+            f"the rows of site {chosen!r} depend on each other, so new rows need their conditional distribution; give "
+            "it with bm.with_conditional(model, fn), fn(phi, shared, context, x) -> Distribution"
+        )
+    return chosen
+
+
+def log_rows(density: TaskDensity, tasks: Tasks, paired: Draws, *, site: str | None) -> np.ndarray:
+    """Log likelihood of every row under every draw: `(draw, task, rows)`, NaN where there is no row or label."""
+    sites = [s.name for s in density.structure.observed if not s.shared]
+    if site is None and len(sites) > 1:
+        raise ValueError(f"the model has several observed sites {sites}; choose one with site=")
+    values = _over_pairs(density, tasks, paired, density.log_rows, sites[0] if site is None else site)
+    return np.where(_observed(tasks, values.shape[2]), values, np.nan)
+
+
+def _mask(tasks: Tasks) -> np.ndarray:
+    sizes = np.asarray(tasks.sizes)
+    return np.arange(max(1, int(sizes.max())))[None, :] < sizes[:, None]
+
+
+def _observed(tasks: Tasks, rows: int) -> np.ndarray:
+    batch = tasks.batch(np.arange(len(tasks)), rows=rows)
+    return (batch.mask & batch.observed.flatten(2).any(-1) if batch.observed.dim() > 2 else batch.observed).numpy()
+
+
+def _flat_labels(y: Any, target: Tasks) -> Tensor:
+    """Outcomes as one tensor over all rows, checked against the rows that were predicted."""
+    dims = len(target.schema.y_shape)
+    if not isinstance(y, list | tuple):
+        y = np.asarray(y)
+        if y.ndim not in (1 + dims, 2 + dims):
+            raise ValueError(f"y: expected (M, *dy) or (task, M, *dy) with dy {target.schema.y_shape}, got {y.shape}")
+        y = [y] * len(target) if y.ndim == 1 + dims else [part[:n] for part, n in zip(y, target.sizes, strict=True)]
+    parts = [np.asarray(part) for part in y]
+    if len(parts) != len(target):
+        raise ValueError(f"y: expected {len(target)} arrays, one a task, got {len(parts)}")
+    for name, part, n in zip(target.names, parts, target.sizes, strict=True):
+        if part.shape != (n, *target.schema.y_shape):
+            raise ValueError(f"y of task {name!r}: expected {(int(n), *target.schema.y_shape)}, got {part.shape}")
+        if not np.isfinite(part.astype(float)).all():
+            raise ValueError(f"y of task {name!r} has values that are not finite; score only observed rows")
+    return torch.as_tensor(np.concatenate(parts)).to(target.y.dtype)
+
+
+def _over_pairs(density: TaskDensity, tasks: Tasks, paired: Draws, function: Recorded, site: str) -> np.ndarray:
+    """Runs a recorded function for every (draw, task) pair: `(S, T, M, …)`, NaN where a task has fewer rows."""
+    rows = max(1, int(np.max(tasks.sizes)))
+    found: np.ndarray | None = None
+    for index, piece, values in _pieces(density, tasks, paired, function, site):
+        if found is None:
+            found = np.full((paired[0].shape[0], len(tasks), rows, *values.shape[2:]), np.nan)
+        draw, task = piece // len(index), index[piece % len(index)]
+        found[draw, task, : values.shape[1]] = values
+    result = np.asarray(found)
+    result[:, ~_mask(tasks)] = np.nan
+    return result
+
+
+def _pieces(
+    density: TaskDensity, tasks: Tasks, paired: Draws, function: Recorded, site: str
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (tasks of a chunk, pairs of the piece, values of the pairs `(pairs, rows, …)`)."""
+    theta, noise = paired
+    values = dict(density.learned.values)
+    with torch.no_grad():
+        for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
+            data = density.tensors(chunk.batch)
+            pairs = theta.shape[0] * len(chunk.index)
+            flat_theta = theta[:, chunk.index].reshape(pairs, -1)
+            flat_noise = noise[:, chunk.index].reshape(pairs, 1, -1)
+            size = min(pairs, max(1, CHUNK_ELEMENTS // chunk.batch.mask.shape[1]))
+            for start in range(0, pairs, size):
+                piece = torch.arange(start, start + size).clamp(max=pairs - 1)
+                some = {k: v[piece % len(chunk.index)].unsqueeze(1) for k, v in data.items()}
+                out = function.mapped(flat_theta[piece], flat_noise[piece], some, values, in_dims=BY_PAIR)[site]
+                keep = min(size, pairs - start)
+                yield chunk.index, piece[:keep].numpy(), out[:keep].squeeze(1).double().numpy()
