@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -194,7 +194,7 @@ class _Handler(Messenger):
 
     def _check_name(self, name: str) -> None:
         if name in self._seen:
-            raise ValueError(f"two sites are named {name!r}; give every pyro.sample and pyro.deterministic its own name")
+            raise ValueError(f"two sites are named {name!r}; give each its own name")
         self._seen.add(name)
 
     def _store(self, name: str, value: Tensor, plates: set[str]) -> None:
@@ -273,8 +273,8 @@ def _inside(fn: dist.TorchDistribution, value: Tensor, kept: Tensor) -> Tensor:
 def _task_first(name: str, terms: Tensor, tasks: int) -> Tensor:
     if terms.dim() != 2 or terms.shape[0] != tasks:
         raise ValueError(
-            f"observed site {name!r}: expected a log density of shape ({tasks}, rows) or ({tasks}, 1), one line a task, "
-            f"got {tuple(terms.shape)}; give every further dimension to the event with .to_event(...)"
+            f"observed site {name!r}: expected a log density of shape ({tasks}, rows) or ({tasks}, 1), one line a "
+            f"task, got {tuple(terms.shape)}; give every further dimension to the event with .to_event(...)"
         )
     return terms
 

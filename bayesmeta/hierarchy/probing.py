@@ -1,0 +1,150 @@
+"""Trial runs of a model, before it is used: it must treat tasks one by one, and rows by their mask.
+
+Batches of other sizes show what a single reading cannot: data in a closure, one latent value a row, shared terms that
+look at the data, tasks that see each other, sites that count padded rows. Called by `density.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.latents import Structure
+from bayesmeta.hierarchy.tracing import ObservedSite, Trace
+
+PROBE_TASKS = 3
+"""How many tasks the model is read with."""
+
+_CANDIDATES = 64
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+Run = Callable[[list[int], int], Trace]
+
+_FAILED = (
+    "the model function failed on a batch of {tasks} task(s) padded to {rows} row(s): {error}. If it uses data from "
+    "outside whose size depends on the tasks or rows, pass it as a column (columns=, task_columns=) and read batch[...]"
+)
+
+
+def first_rows(tasks: Tasks) -> tuple[list[int], int]:
+    """Tasks and rows of the first reading: two rows at least, so that rows cannot be taken for one value a task."""
+    index = list(range(min(PROBE_TASKS, len(tasks))))
+    return index, max(2, int(tasks.sizes[index].max()))
+
+
+def attempt(run: Run, index: list[int], rows: int) -> Trace:
+    """Runs a model on tasks padded to `rows`.
+
+    Raises:
+        ValueError: The function failed; most often its sizes do not follow the batch.
+    """
+    try:
+        return run(index, rows)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(_FAILED.format(tasks=len(index), rows=rows, error=error)) from error
+    except ValueError as error:
+        if not str(error).startswith("Shape mismatch inside plate"):
+            raise
+        raise ValueError(_FAILED.format(tasks=len(index), rows=rows, error=error)) from error
+
+
+def probe(run: Run, tasks: Tasks, structure: Structure, dtype: torch.dtype) -> dict[str, Any]:
+    """Compares trial runs.
+
+    Args:
+        run: `(positions of tasks, rows to pad to) -> Trace`, at the same coordinates for every task.
+        tasks: The tasks.
+        structure: What the first reading found.
+        dtype: Decides how far numbers may differ.
+
+    Returns:
+        What it found out, as attributes of `Structure`.
+
+    Raises:
+        ValueError: The model cannot be used as it is, with the cure.
+    """
+    small, large = _small_and_large(tasks)
+    rows = max(1, int(tasks.sizes[large]))
+    pair, padded = attempt(run, [small, large], rows), attempt(run, [small, large], rows + 1)
+    alone = attempt(run, [small], rows)
+    own = attempt(run, [small], max(1, int(tasks.sizes[small])))
+    for other in (pair, padded, alone):
+        _check_sites(other, structure)
+    same = _Same(_TOLERANCE.get(dtype, 1e-4))
+    _check_shared(pair, padded, alone, same)
+    if not same(pair.log_task()[:1], alone.log_task()):
+        raise ValueError(
+            "the density of one task depends on the other tasks of the batch (a mean or a normalisation over tasks?); "
+            "every task must stand alone: pass such numbers as a task column (task_columns=)"
+        )
+    names = [site.name for site in pair.observed if not site.shared]
+    unmasked = tuple(n for n in names if not _same_rows(pair, padded, n, same) or not _same_rows(alone, own, n, same))
+    coupled = tuple(a.name for a, b in zip(pair.observed, padded.observed, strict=True) if a.event != b.event)
+    priors = same(pair.log_prior(), padded.log_prior()) and same(alone.log_prior(), own.log_prior())
+    values = tuple(n for n in structure.task_values if _a_task(pair, n) and _a_task(padded, n))
+    exact = bool(unmasked or coupled) or not priors
+    return {"exact_size": exact, "coupled": coupled, "unmasked": unmasked, "task_values": values}
+
+
+class _Same:
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+
+    def __call__(self, a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=self._tolerance, atol=self._tolerance, equal_nan=True)
+
+
+def _small_and_large(tasks: Tasks) -> tuple[int, int]:
+    """A task with few and one with many rows among the first (the same one twice if there is only one)."""
+    sizes = tasks.sizes[:_CANDIDATES]
+    filled = np.flatnonzero(sizes > 0)
+    filled = filled if len(filled) else np.arange(len(sizes))
+    order = filled[np.argsort(sizes[filled], kind="stable")]
+    return int(order[0]), int(order[-1])
+
+
+def _same_rows(a: Trace, b: Trace, name: str, same: _Same) -> bool:
+    return same(a.rows[name].sum(-1), b.rows[name].sum(-1))
+
+
+def _a_task(trace: Trace, name: str) -> bool:
+    return tuple(trace.task_values[name].shape[:2]) == (trace.tasks, 1)
+
+
+def _names(sites: Iterable[ObservedSite]) -> list[str]:
+    return [site.name for site in sites]
+
+
+def _check_sites(trace: Trace, structure: Structure) -> None:
+    expected = {site.name: site for site in (*structure.shared, *structure.task)}
+    found = {name: (in_tasks, fn) for name, in_tasks, fn in trace.latent}
+    before, after = ([*expected, *_names(structure.observed)], [*found, *_names(trace.observed)])
+    if sorted(before) != sorted(after):
+        raise ValueError(
+            f"the model has other sites in another batch: {sorted(before)}, then {sorted(after)}; every call must run "
+            "the same pyro.sample statements, whatever the data"
+        )
+    for name, (in_tasks, fn) in found.items():
+        shape = tuple(fn.shape())[2:] if in_tasks else tuple(fn.shape())
+        if shape != expected[name].shape:
+            where = "task" if in_tasks else "shared"
+            raise ValueError(
+                f"{where} site {name!r} has shape {expected[name].shape} in one batch and {shape} in another; its size "
+                "must not depend on the tasks or rows: sample one value a task in batch.tasks() "
+                "(one a row: integrate it into the likelihood, or index a vector by a column)"
+            )
+
+
+def _check_shared(pair: Trace, padded: Trace, alone: Trace, same: _Same) -> None:
+    if same(pair.shared_prior, padded.shared_prior) and same(pair.shared_prior, alone.shared_prior):
+        return
+    outside = [site.name for site in pair.observed if site.shared]
+    raise ValueError(
+        f"the log density outside batch.tasks() depends on the batch (observed sites there: {outside}); put observed "
+        "sites inside `with batch.tasks():` (and batch.observations()), and let shared priors use constants only"
+    )
