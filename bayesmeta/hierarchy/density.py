@@ -199,14 +199,20 @@ class TaskDensity:
                 "(a model without task parameters is a bm.ConditionalModel)"
             )
         with model_context(self.dtype), torch.no_grad():
-            shared = tuple(_site(name, fn, 0) for name, in_tasks, fn in trace.latent if not in_tasks)
-            task = tuple(_site(name, fn, whitening.BATCH_DIMS) for name, in_tasks, fn in trace.latent if in_tasks)
+            sites = [
+                (in_tasks, _site(name, fn, whitening.BATCH_DIMS * in_tasks)) for name, in_tasks, fn in trace.latent
+            ]
             moments = [whitening.unconstrained_moments(fn) for _, in_tasks, fn in trace.latent if not in_tasks]
-        flat = [torch.stack([m.to(self.dtype).reshape(-1) for m in pair]) for pair in moments]
+        shared = tuple(site for in_tasks, site in sites if not in_tasks)
+        task = tuple(site for in_tasks, site in sites if in_tasks)
         named = tuple(name for name, value in trace.task_values.items() if value.shape[:2] == (trace.tasks, 1))
-        location, scale = torch.cat([torch.zeros(2, 0, dtype=self.dtype), *flat], 1)
-        self._prior_scale = (location, scale)
+        self._prior_scale = self._stacked(moments)
         return Structure(shared, task, tuple(trace.observed), tuple(trace.values), named)
+
+    def _stacked(self, moments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        flat = [torch.stack([m.to(self.dtype).reshape(-1) for m in pair]) for pair in moments]
+        location, scale = torch.cat([torch.zeros(2, 0, dtype=self.dtype), *flat], 1)
+        return location, scale
 
     def _check_captured(self, tasks: Tasks) -> dict[int, nn.Parameter]:
         index, rows = first_rows(tasks)

@@ -6,6 +6,7 @@ look at the data, tasks that see each other, sites that count padded rows. Calle
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ _CANDIDATES = 64
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 Run = Callable[[list[int], int], Trace]
+Same = Callable[[Tensor, Tensor], bool]
 
 _FAILED = (
     "the model function failed on a batch of {tasks} task(s) padded to {rows} row(s): {error}. If it uses data from "
@@ -75,28 +77,26 @@ def probe(run: Run, tasks: Tasks, structure: Structure, dtype: torch.dtype) -> d
     own = attempt(run, [small], max(1, int(tasks.sizes[small])))
     for other in (pair, padded, alone):
         _check_sites(other, structure)
-    same = _Same(_TOLERANCE.get(dtype, 1e-4))
+    tolerance = _TOLERANCE.get(dtype, 1e-4)
+    same = functools.partial(torch.allclose, rtol=tolerance, atol=tolerance, equal_nan=True)
     _check_shared(pair, padded, alone, same)
     if not same(pair.log_task()[:1], alone.log_task()):
         raise ValueError(
             "the density of one task depends on the other tasks of the batch (a mean or a normalisation over tasks?); "
             "every task must stand alone: pass such numbers as a task column (task_columns=)"
         )
-    names = [site.name for site in pair.observed if not site.shared]
-    unmasked = tuple(n for n in names if not _same_rows(pair, padded, n, same) or not _same_rows(alone, own, n, same))
-    coupled = tuple(a.name for a, b in zip(pair.observed, padded.observed, strict=True) if a.event != b.event)
-    priors = same(pair.log_prior(), padded.log_prior()) and same(alone.log_prior(), own.log_prior())
     values = tuple(n for n in structure.task_values if _a_task(pair, n) and _a_task(padded, n))
-    exact = bool(unmasked or coupled) or not priors
-    return {"exact_size": exact, "coupled": coupled, "unmasked": unmasked, "task_values": values}
+    return {"task_values": values} | _padding([(pair, padded), (alone, own)], same)
 
 
-class _Same:
-    def __init__(self, tolerance: float) -> None:
-        self._tolerance = tolerance
-
-    def __call__(self, a: Tensor, b: Tensor) -> bool:
-        return torch.allclose(a, b, rtol=self._tolerance, atol=self._tolerance, equal_nan=True)
+def _padding(runs: list[tuple[Trace, Trace]], same: Same) -> dict[str, Any]:
+    """Which sites notice that the same tasks are padded to other sizes."""
+    sites = [site.name for site in runs[0][0].observed if not site.shared]
+    unmasked = tuple(n for n in sites if not all(same(a.rows[n].sum(-1), b.rows[n].sum(-1)) for a, b in runs))
+    first, second = runs[0]
+    coupled = tuple(a.name for a, b in zip(first.observed, second.observed, strict=True) if a.event != b.event)
+    priors = all(same(a.log_prior(), b.log_prior()) for a, b in runs)
+    return {"exact_size": bool(unmasked or coupled) or not priors, "coupled": coupled, "unmasked": unmasked}
 
 
 def _small_and_large(tasks: Tasks) -> tuple[int, int]:
@@ -106,10 +106,6 @@ def _small_and_large(tasks: Tasks) -> tuple[int, int]:
     filled = filled if len(filled) else np.arange(len(sizes))
     order = filled[np.argsort(sizes[filled], kind="stable")]
     return int(order[0]), int(order[-1])
-
-
-def _same_rows(a: Trace, b: Trace, name: str, same: _Same) -> bool:
-    return same(a.rows[name].sum(-1), b.rows[name].sum(-1))
 
 
 def _a_task(trace: Trace, name: str) -> bool:
@@ -140,7 +136,7 @@ def _check_sites(trace: Trace, structure: Structure) -> None:
             )
 
 
-def _check_shared(pair: Trace, padded: Trace, alone: Trace, same: _Same) -> None:
+def _check_shared(pair: Trace, padded: Trace, alone: Trace, same: Same) -> None:
     if same(pair.shared_prior, padded.shared_prior) and same(pair.shared_prior, alone.shared_prior):
         return
     outside = [site.name for site in pair.observed if site.shared]

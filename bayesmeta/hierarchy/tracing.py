@@ -238,19 +238,24 @@ class _Handler(Messenger):
         if self._outcome == "support" and not factor:
             self._check_support(name, fn, value, msg["mask"])
             return
-        kept = _kept(fn, msg["mask"])
-        value = value if factor or kept is None else _inside(fn, value, kept)
-        terms = scale_and_mask(fn.log_prob(value), msg["scale"], msg["mask"])
-        if not in_tasks:
+        terms = _score(msg, value)
+        if in_tasks:
+            self.trace.rows[name] = _task_first(name, terms, self.trace.tasks)
+        else:
             self.trace.shared_prior = self.trace.shared_prior + terms.sum()
-            return
-        self.trace.rows[name] = _task_first(name, terms, self.trace.tasks)
 
     def _check_support(self, name: str, fn: dist.TorchDistribution, value: Tensor, mask: Any) -> None:
         inside = whitening.support(fn).check(value)
         kept = _kept(fn, mask)
         inside = inside if kept is None else inside | ~kept
         self.trace.outcomes[name] = inside.expand(torch.broadcast_shapes(inside.shape, (self.trace.tasks, 1)))
+
+
+def _score(msg: dict[str, Any], value: Tensor) -> Tensor:
+    fn = msg["fn"]
+    kept = None if isinstance(fn, dist.Unit) else _kept(fn, msg["mask"])
+    value = value if kept is None else _inside(fn, value, kept)
+    return scale_and_mask(fn.log_prob(value), msg["scale"], msg["mask"])
 
 
 def _kept(fn: dist.TorchDistribution, mask: Any) -> Tensor | None:

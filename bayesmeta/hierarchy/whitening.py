@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -34,13 +35,19 @@ def _strip(fn: dist.TorchDistribution) -> dist.TorchDistribution:
 def kind(fn: dist.TorchDistribution) -> str:
     """Names the map used for a prior: "normal", "icdf" (both exact) or "moments" (approximate)."""
     base = _strip(fn)
-    if isinstance(base, (torch.distributions.Normal, *_MVN)):
+    if _is_normal(base):
         return "normal"
-    if isinstance(base, torch.distributions.TransformedDistribution) and all(t.bijective for t in base.transforms):
-        sized = base.base_dist.event_shape == bijection(base).inverse_shape(base.event_shape)
-        if sized and kind(base.base_dist) == "normal":
-            return "normal"
     return "icdf" if not base.event_shape and _has_icdf(base) else "moments"
+
+
+def _is_normal(base: dist.TorchDistribution) -> bool:
+    if isinstance(base, torch.distributions.TransformedDistribution):
+        return (
+            all(t.bijective for t in base.transforms)
+            and base.base_dist.event_shape == bijection(base).inverse_shape(base.event_shape)
+            and _is_normal(_strip(base.base_dist))
+        )
+    return isinstance(base, (torch.distributions.Normal, *_MVN))
 
 
 def _has_icdf(base: dist.TorchDistribution) -> bool:
@@ -51,8 +58,8 @@ def _has_icdf(base: dist.TorchDistribution) -> bool:
     return True
 
 
-def support(fn: dist.TorchDistribution) -> constraints.Constraint:
-    """The support of a distribution; of a mixture, that of its components."""
+def support(fn: dist.TorchDistribution) -> Any:
+    """The support of a distribution, a constraint; of a mixture, that of its components."""
     base = fn
     while isinstance(base, (*_WRAPPERS, dist.MaskedDistribution)):
         base = base.base_dist
