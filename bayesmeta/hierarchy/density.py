@@ -199,9 +199,7 @@ class TaskDensity:
                 "(a model without task parameters is a bm.ConditionalModel)"
             )
         with model_context(self.dtype), torch.no_grad():
-            sites = [
-                (in_tasks, _site(name, fn, whitening.BATCH_DIMS * in_tasks)) for name, in_tasks, fn in trace.latent
-            ]
+            sites = [(in_tasks, _site(name, in_tasks, fn)) for name, in_tasks, fn in trace.latent]
             moments = [whitening.unconstrained_moments(fn) for _, in_tasks, fn in trace.latent if not in_tasks]
         shared = tuple(site for in_tasks, site in sites if not in_tasks)
         task = tuple(site for in_tasks, site in sites if in_tasks)
@@ -229,8 +227,8 @@ class TaskDensity:
         return captured.frozen
 
 
-def _site(name: str, fn: dist.TorchDistribution, batch_dims: int) -> Site:
-    shape = tuple(fn.shape())
+def _site(name: str, in_tasks: bool, fn: dist.TorchDistribution) -> Site:
+    cut = whitening.BATCH_DIMS if in_tasks else 0
     unconstrained = tuple(whitening.bijection(fn).inverse_shape(fn.shape()))
-    kind = whitening.kind(fn) if batch_dims else ""
-    return Site(name, shape[batch_dims:], unconstrained[batch_dims:], kind, isinstance(fn, dist.ImproperUniform))
+    kind = whitening.kind(fn) if in_tasks else ""
+    return Site(name, tuple(fn.shape())[cut:], unconstrained[cut:], kind, whitening.is_improper(fn))

@@ -61,7 +61,7 @@ def _constrain(fn: dist.TorchDistribution, u: Tensor) -> tuple[Tensor, Tensor, T
     transform = whitening.bijection(fn)
     value = transform(u)
     log_jacobian = transform.log_abs_det_jacobian(u, value)
-    if isinstance(fn, dist.ImproperUniform):
+    if whitening.is_improper(fn):
         return value, torch.zeros_like(log_jacobian), log_jacobian
     log_prob = fn.log_prob(value)
     extra = log_jacobian.dim() - log_prob.dim()
@@ -107,7 +107,7 @@ class Sampled(Flat):
         """Takes θ as given or draws it."""
         if not self._draw_shared:
             return super().shared(name, fn)
-        if isinstance(fn, dist.ImproperUniform):
+        if whitening.is_improper(fn):
             raise ValueError(f"shared site {name!r} has a flat (improper) prior, which cannot be simulated from")
         value = fn.sample()
         self.drawn[name] = whitening.bijection(fn).inv(value)

@@ -231,11 +231,12 @@ class _Handler(Messenger):
         factor = isinstance(fn, dist.Unit)
         in_tasks = "task" in plates
         self.trace.observed.append(ObservedSite(name, "obs" in plates, factor, tuple(fn.event_shape), not in_tasks))
-        if in_tasks and not factor and self._outcome in ("sample", "mean"):
-            msg["value"] = self.trace.outcomes[name] = fn.sample() if self._outcome == "sample" else _mean(name, fn)
+        outcome = "score" if factor or not in_tasks else self._outcome
+        if outcome in ("sample", "mean"):
+            msg["value"] = self.trace.outcomes[name] = fn.sample() if outcome == "sample" else _mean(name, fn)
             return
         value = msg["value"] if factor else cast_observed(fn, msg["value"])
-        if self._outcome == "support" and not factor:
+        if outcome == "support":
             self._check_support(name, fn, value, msg["mask"])
             return
         terms = _score(msg, value)
@@ -284,14 +285,14 @@ def _task_first(name: str, terms: Tensor, tasks: int) -> Tensor:
     return terms
 
 
-def cast_observed(fn: dist.TorchDistribution, value: Tensor) -> Tensor:
+def cast_observed(fn: dist.TorchDistribution, value: Any) -> Tensor:
     """Observed values in the dtype their distribution wants: integers become floating but for categories."""
     base = fn
     while hasattr(base, "base_dist") and not isinstance(base, torch.distributions.TransformedDistribution):
         base = base.base_dist
     if isinstance(base, torch.distributions.Categorical):
-        return value.long() if value.dtype != torch.int64 else value
-    return value.to(torch.get_default_dtype())
+        return torch.as_tensor(value).long()
+    return torch.as_tensor(value).to(torch.get_default_dtype())
 
 
 def _mean(name: str, fn: dist.TorchDistribution) -> Tensor:
@@ -342,7 +343,7 @@ def _check_task_site(name: str, fn: dist.TorchDistribution, plates: set[str], ta
         raise ValueError(
             f"task site {name!r} is inside further plates {others}; use .expand([...]).to_event(...) in their place"
         )
-    if isinstance(fn, dist.ImproperUniform):
+    if whitening.is_improper(fn):
         raise ValueError(
             f"task site {name!r} has an improper prior; give it a proper one (flat priors: shared sites only)"
         )

@@ -65,9 +65,14 @@ def support(fn: dist.TorchDistribution) -> Any:
         base = base.base_dist
     if not isinstance(base, torch.distributions.MixtureSameFamily):
         return fn.support
-    inner = base.component_distribution.support
+    inner: Any = base.component_distribution.support
     extra = fn.event_dim - inner.event_dim
     return constraints.independent(inner, extra) if extra else inner
+
+
+def is_improper(fn: dist.TorchDistribution) -> bool:
+    """Whether a prior is flat and has no integral."""
+    return isinstance(_strip(fn), dist.ImproperUniform)
 
 
 def bijection(fn: dist.TorchDistribution) -> torch.distributions.Transform:
@@ -214,7 +219,7 @@ def _matched_moments(fn: dist.TorchDistribution, base: dist.TorchDistribution) -
     inner = getattr(base, "component_distribution", base).support
     inner = getattr(inner, "base_constraint", inner)
     positive = isinstance(inner, _POSITIVE)
-    if isinstance(fn, dist.ImproperUniform) or not (positive or isinstance(inner, type(constraints.real))):
+    if is_improper(fn) or not (positive or isinstance(inner, type(constraints.real))):
         return zero, one
     try:
         mean, variance = base.mean.expand(like), base.variance.expand(like)
