@@ -46,6 +46,7 @@ class TaskDensity:
         constrain: `(theta, noise, data, values) -> {site: value}`; task sites `(T, *event)`.
         log_rows: `(theta, noise, data, values) -> {site: (T, N)}` log likelihood of each row.
         outcomes, means: Draws and means of the observed sites at the rows of `data`.
+        normals: `{site: (loc (T, 1, N), Cholesky factor (T, 1, N, N), data (T, 1, N))}` of multivariate normal sites.
         prior_noise: `(theta, zeros (T, d), data, values) -> (T, d)` draws of the prior, in whitened coordinates.
 
     Raises:
@@ -67,6 +68,7 @@ class TaskDensity:
         self.log_rows = self._recorded(lambda trace, latents: dict(trace.rows))
         self.outcomes = self._recorded(lambda trace, latents: dict(trace.outcomes), outcome="sample", random=True)
         self.means = self._recorded(lambda trace, latents: dict(trace.outcomes), outcome="mean")
+        self.normals = self._recorded(lambda trace, latents: dict(trace.normals), outcome="normal")
         self.prior_noise = self._recorded(self._drawn, random=True, sampled=True)
         self._shared_prior = self._recorded(lambda trace, latents: trace.shared_prior, vary=1)
         self._shared_values = self._recorded(lambda trace, latents: dict(trace.values), vary=1)

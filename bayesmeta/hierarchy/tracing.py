@@ -95,6 +95,7 @@ class Trace:
     task_prior: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     outcomes: dict[str, Tensor] = field(default_factory=dict)
+    normals: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     latent: list[tuple[str, bool, dist.TorchDistribution]] = field(default_factory=list)
     observed: list[ObservedSite] = field(default_factory=list)
 
@@ -125,7 +126,8 @@ def trace_model(
         latents: Gives the latent sites their values.
         learned: The fit's copies of registered parameters; new ones are added.
         dtype: Floating dtype that captured tensors are promoted to (also the default dtype of the caller's context).
-        outcome: What observed sites do: "score", "sample", "mean" or "support".
+        outcome: What observed sites do: "score", "sample", "mean", "support", or "normal" (location, Cholesky
+            factor and data of multivariate normal ones are kept).
     """
     handler = _Handler(latents, learned, len(batch.names), dtype, outcome)
     with handler.captured, handler:
@@ -235,6 +237,9 @@ class _Handler(Messenger):
         if outcome in ("sample", "mean"):
             msg["value"] = self.trace.outcomes[name] = fn.sample() if outcome == "sample" else _mean(name, fn)
             return
+        if outcome == "normal":
+            msg["value"] = self._normal(name, fn, msg["value"])
+            return
         value = msg["value"] if factor else cast_observed(fn, msg["value"])
         if outcome == "support":
             self._check_support(name, fn, value, msg["mask"])
@@ -244,6 +249,12 @@ class _Handler(Messenger):
             self.trace.rows[name] = _task_first(name, terms, self.trace.tasks)
         else:
             self.trace.shared_prior = self.trace.shared_prior + terms.sum()
+
+    def _normal(self, name: str, fn: dist.TorchDistribution, value: Tensor) -> Tensor:
+        if not isinstance(fn, (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)):
+            return value
+        self.trace.normals[name] = (fn.loc, fn.scale_tril, cast_observed(fn, value))
+        return fn.loc
 
     def _check_support(self, name: str, fn: dist.TorchDistribution, value: Tensor, mask: Any) -> None:
         inside = whitening.support(fn).check(value)
