@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -61,11 +62,22 @@ class Amortized:
                 raise ValueError(f"Amortized: {name} must be one of {sorted(known)}, got {value!r}")
 
 
+class Checkpoint(Protocol):
+    """Keeps the state between the stages of training."""
+
+    def restore(self, guides: Guides) -> History:
+        """Puts a stored state, if there is one, into the guides; returns the stages that it has behind it."""
+
+    def store(self, guides: Guides, history: History) -> None:
+        """Stores the state after a stage."""
+
+
 def fit_amortized(
-    density: TaskDensity, tasks: Tasks, options: Amortized, *, progress: bool
+    density: TaskDensity, tasks: Tasks, options: Amortized, *, progress: bool, checkpoint: Checkpoint | None = None
 ) -> tuple[Guides, SharedDraws, History]:
-    """Learns q(θ) and q(φ | D, θ) from all tasks."""
-    guides = _build(density, tasks, options)
+    """Learns q(θ) and q(φ | D, θ) from all tasks; with a checkpoint, from its last stored state on."""
+    guides = build_guides(density, tasks, options)
+    behind = History() if checkpoint is None else checkpoint.restore(guides)
     batches = _contexts(density, tasks, guides, options.optimizer.batch_tasks)
     objective = OBJECTIVES[options.objective] if isinstance(options.objective, str) else options.objective
     draws = 1 if options.shared == "map" else 8
@@ -88,8 +100,10 @@ def fit_amortized(
         groups,
         optimizer=options.optimizer,
         between=guides.shared.recentre,
-        judge=_Judge(density, guides, tasks),
+        judge=_Judge(density, guides, tasks, behind),
         progress=progress,
+        history=behind,
+        finished=None if checkpoint is None else functools.partial(checkpoint.store, guides),
     )
     guides.task.follow(*guides.shared.centre())
     guides.values = {name: value.detach() for name, value in guides.values.items()}
@@ -98,7 +112,8 @@ def fit_amortized(
         return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS), history
 
 
-def _build(density: TaskDensity, tasks: Tasks, options: Amortized) -> Guides:
+def build_guides(density: TaskDensity, tasks: Tasks, options: Amortized) -> Guides:
+    """Everything that training changes, as it is before the first step."""
     shared = SHARED[options.shared](*density.prior_scale())
     task = options.guide if options.guide is not None else NaturalGuide(embed=options.embed)
     task.attach(density, tasks)
@@ -137,9 +152,9 @@ def _draw(sizes: np.ndarray, groups: list[np.ndarray] | None, limit: int) -> Any
 class _Judge:
     """Decides after a stage whether q is good enough: by the ESS of θ where it can be corrected, else by the bound."""
 
-    def __init__(self, density: TaskDensity, guides: Guides, tasks: Tasks) -> None:
+    def __init__(self, density: TaskDensity, guides: Guides, tasks: Tasks, behind: History) -> None:
         self._args = (density, guides, tasks)
-        self._bound = -math.inf
+        self._bound = behind.stages[-1]["bound"] if behind.stages else -math.inf
 
     def __call__(self, bound: float) -> dict[str, Any]:
         density, guides, tasks = self._args
@@ -153,14 +168,20 @@ class _Judge:
 
 
 def _not_finite(density: TaskDensity, context: Context, info: Any) -> str:
-    log_p, theta, noise = info["log_p"].detach(), info["theta"].detach(), info["noise"].detach()
+    stopped = "the loss is not finite; training has stopped. "
+    if not {"log_p", "theta", "noise"} <= set(info):
+        return f"{stopped}Check the objective: its info names no log_p, theta and noise that would tell the task"
+    log_p, theta, noise = (info[name].detach() for name in ("log_p", "theta", "noise"))
+    if not (torch.isfinite(theta).all() and torch.isfinite(noise).all()):
+        return f"{stopped}The guide has diverged: a gradient of the step before was not finite, or lr is too large"
     bad = (~torch.isfinite(log_p)).nonzero()
     if not len(bad):
-        return "the loss is not finite although every task's log density is: the guide has diverged; lower lr"
+        return f"{stopped}Every task's log density is finite: the guide has diverged; lower lr"
     draw, task = (int(i) for i in bad[0])
     terms = density.terms(context.batch, theta[draw], noise[draw])
     sites = [name for name, values in terms.items() if not torch.isfinite(values[task])]
     return (
-        f"the log density of task {context.batch.names[task]!r} is not finite at site(s) {sites or list(terms)}; training "
-        "has stopped. Check that the data lie inside the likelihood's support and that no scale can become 0 or inf"
+        f"the log density of task {context.batch.names[task]!r} is not finite at site(s) {sites or list(terms)}; "
+        "training has stopped. Check that the data lie inside the likelihood's support and that no scale can become "
+        "0 or inf"
     )

@@ -67,6 +67,8 @@ def train(
     between: Callable[[], None],
     judge: Judge,
     progress: bool,
+    history: History | None = None,
+    finished: Callable[[History], None] | None = None,
 ) -> History:
     """Minimises a loss, given in nats a task.
 
@@ -77,18 +79,24 @@ def train(
         between: Called before every stage.
         judge: Called after every stage.
         progress: Whether to show a bar with the bound, the diagnostic and the time left.
+        history: Stages that an earlier run has finished; training goes on after them.
+        finished: Called after every stage with all that training went through so far.
     """
-    history = History()
-    start = time.perf_counter()
+    history = History() if history is None else history
+    behind = len(history.stages)
+    start = time.perf_counter() - (history.stages[-1]["seconds"] if behind else 0.0)
     stages = optimizer.stages()
-    with tqdm(total=sum(stages), disable=not progress, unit="step", leave=False) as bar:
-        for stage, steps in enumerate(stages):
+    shown = {"total": sum(stages), "initial": sum(stages[:behind]), "unit": "step", "leave": False}
+    with tqdm(disable=not progress, **shown) as bar:
+        for stage, steps in list(enumerate(stages))[behind:]:
+            if history.stages and history.stages[-1]["done"]:
+                break
             between()
             bound = _run_stage(loss, groups, steps, history, bar, start)
             record = dict(judge(bound), stage=stage, steps=steps, seconds=time.perf_counter() - start)
             history.stages.append(record)
-            if record["done"]:
-                break
+            if finished is not None:
+                finished(history)
     return history
 
 
@@ -113,8 +121,8 @@ def _run_stage(
         average = now if math.isnan(average) else (1 - SMOOTHING) * average + SMOOTHING * now
         if step % REPORT_EVERY == 0 or step == steps - 1:
             ess = history.stages[-1]["ess"] if history.stages else math.nan
-            elapsed = time.perf_counter() - start
-            history.steps.append({"step": bar_position(history, step), "elbo": -average, "ess": ess, "seconds": elapsed})
+            record = {"step": bar_position(history, step), "elbo": -average, "ess": ess}
+            history.steps.append(record | {"seconds": time.perf_counter() - start})
             bar.set_postfix(elbo=f"{-average:.4g}", ess="?" if math.isnan(ess) else f"{ess:.2f}", refresh=False)
         bar.update(1)
     return sum(last_quarter) / len(last_quarter)
