@@ -26,8 +26,12 @@ MAX_BEND = 5.0
 """Bound on the log scale by which the residual head bends a precision."""
 
 
+THETA_BOUND = 3.0
+"""Standardised θ is bent towards ± this: networks have seen no θ beyond, and must not extrapolate from it."""
+
+
 class ThetaStandardiser(nn.Module):
-    """θ in units of q(θ): `(S, d)` float64 to float32."""
+    """θ in units of q(θ), softly bounded: `(S, d)` float64 to float32."""
 
     loc: Tensor
     scale: Tensor
@@ -44,7 +48,8 @@ class ThetaStandardiser(nn.Module):
 
     def forward(self, theta: Tensor) -> Tensor:
         """Standardises."""
-        return ((theta - self.loc) / self.scale).float()
+        standard = ((theta - self.loc) / self.scale).float()
+        return THETA_BOUND * torch.tanh(standard / THETA_BOUND)
 
 
 class Loadings(nn.Module):
