@@ -214,7 +214,7 @@ class TaskDensity:
         location, scale = torch.cat([torch.zeros(2, 0, dtype=self.dtype), *flat], 1)
         return location, scale
 
-    def _check_captured(self, tasks: Tasks) -> dict[int, nn.Parameter]:
+    def _check_captured(self, tasks: Tasks) -> dict[int, Tensor]:
         index, rows = first_rows(tasks)
         batch = tasks.batch(index, rows=rows)
         with model_context(self.dtype), torch.no_grad():

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -60,14 +60,14 @@ class Captured(TorchFunctionMode):
         super().__init__()
         self._replacements = replacements
         self._dtype = dtype
-        self.unregistered: dict[int, nn.Parameter] = {}
-        self.frozen: dict[int, nn.Parameter] = {}
+        self.unregistered: dict[int, Tensor] = {}
+        self.frozen: dict[int, Tensor] = {}
 
     def _swap(self, tensor: Tensor) -> Tensor:
         replacement = self._replacements.get(id(tensor))
         if replacement is not None:
             return replacement
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) or (tensor.requires_grad and tensor.is_leaf):
             (self.unregistered if tensor.requires_grad else self.frozen)[id(tensor)] = tensor
         if tensor.is_floating_point() and tensor.dtype != self._dtype:
             return tensor.to(self._dtype)
@@ -77,7 +77,7 @@ class Captured(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replaces captured tensors in the arguments of every torch call."""
-        if func is _IS_TRAINABLE:  # pyro.module asks a parameter itself, before it registers it
+        if func == _IS_TRAINABLE:  # pyro.module asks a parameter itself, before it registers it
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
             args, kwargs = pytree.tree_map_only(Tensor, self._swap, (args, kwargs or {}))
@@ -109,6 +109,14 @@ def signature(leaves: list[Any]) -> tuple[Any, ...]:
     return tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
+def _trace(flat: TensorFunction, examples: list[Tensor]) -> torch.fx.GraphModule:
+    table = _independent_fills()
+    try:
+        return make_fx(functionalize(flat, remove="mutations"), decomposition_table=table)(*examples)
+    except RuntimeError:  # functionalize refuses autograd functions, such as Dirichlet's draws
+        return make_fx(flat, decomposition_table=table)(*examples)
+
+
 def _pin_dtypes(graph: torch.fx.GraphModule) -> None:
     """Gives factories (zeros, eye, …) the dtype they had when recorded: the default may differ at the call."""
     for node in graph.graph.nodes:
@@ -118,6 +126,22 @@ def _pin_dtypes(graph: torch.fx.GraphModule) -> None:
                 node.kwargs = {**node.kwargs, "dtype": node.meta["tensor_meta"].dtype}
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _count(leaves: Sequence[Tensor], dims: tuple[int | None, ...]) -> int:
+    return next(leaf.shape[0] for leaf, d in zip(leaves, dims, strict=True) if d is not None)
+
+
+def _random_numbers(graph: TensorFunction) -> int:
+    """How many random numbers a graph draws."""
+    nodes = graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ()
+    random = (n for n in nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()))
+    return sum(n.meta["tensor_meta"].shape.numel() for n in random if "tensor_meta" in n.meta)
+
+
+def _check_noise(single: TensorFunction, mapped: TensorFunction, count: int) -> None:
+    if isinstance(single, torch.fx.GraphModule) and _random_numbers(mapped) != count * _random_numbers(single):
+        raise RuntimeError("the mapped graph would repeat random numbers from slice to slice")
 
 
 class Recorded:
@@ -185,6 +209,7 @@ class Recorded:
         try:
             with seeded(0), self._context():
                 recorded = make_fx(batched)(*examples)
+            _check_noise(graph, recorded, _count(leaves, dims))
             _pin_dtypes(recorded)
             self.status[key] = "recorded"
             return recorded
@@ -195,7 +220,7 @@ class Recorded:
 
     @staticmethod
     def _loop(graph: TensorFunction, dims: tuple[int | None, ...], *leaves: Tensor) -> Any:
-        count = next(leaf.shape[0] for leaf, d in zip(leaves, dims, strict=True) if d is not None)
+        count = _count(leaves, dims)
         slices = [
             graph(*[leaf if d is None else leaf[i] for leaf, d in zip(leaves, dims, strict=True)]) for i in range(count)
         ]
@@ -208,9 +233,7 @@ class Recorded:
         try:
             examples = [leaf.detach() for leaf in leaves]
             with seeded(0), self._context():
-                graph = make_fx(
-                    functionalize(flat, remove="mutations"), decomposition_table=_independent_fills()
-                )(*examples)
+                graph = _trace(flat, examples)
             _pin_dtypes(graph)
             moving = len(pytree.tree_leaves(pytree.tree_unflatten(leaves, spec)[: self._vary]))
             agrees = self._random or self._agrees(flat, graph, examples, moving)
