@@ -2,7 +2,7 @@
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
-from bayesmeta.fitting import Fit, fit, simulate
+from bayesmeta.fitting import Fit, fit, load, simulate
 from bayesmeta.hierarchy import likelihoods, priors
 from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel, with_conditional
 from bayesmeta.inference import guides
@@ -28,6 +28,7 @@ __all__ = [
     "fit",
     "guides",
     "likelihoods",
+    "load",
     "priors",
     "simulate",
     "with_conditional",

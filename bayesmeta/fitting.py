@@ -1,11 +1,14 @@
-"""The front door: `fit` learns a model from tasks, `Fit` answers questions about it.
+"""The front door: `fit` learns a model from tasks, `Fit` answers questions about it, `load` brings a fit back.
 
 It wires the rooms together and holds no mathematics.
 """
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,18 +17,19 @@ from torch import Tensor, nn
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.model import ConditionalModel
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.inference.amortized import Amortized, fit_amortized
-from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.ladder import TaskDraws, infer_empty, infer_known, infer_new, resample_theta
-from bayesmeta.inference.objectives import Guides
-from bayesmeta.inference.training import History
+from bayesmeta.results.fit_storage import FileCheckpoint, FitState, load_fit, save_fit
 from bayesmeta.results.posterior import Posterior, Shared
 from bayesmeta.results.prediction import Prediction
+from bayesmeta.results.training_tasks import TrainingTasks
 
 METHODS = {"amortized": Amortized}
 REFINEMENTS = ("auto", "none")
+DTYPES = (torch.float64, torch.float32)
 Parts = list[tuple[np.ndarray, TaskDraws]]
 
 
@@ -38,6 +42,7 @@ def fit(
     device: str = "cpu",
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Fit:
     """Learns a hierarchical model from tasks.
 
@@ -47,27 +52,45 @@ def fit(
         method: "amortized", or `bm.Amortized(...)` with options.
         seed: Same seed, same machine: the same fit, bit by bit.
         device: "cpu".
-        dtype: Floating dtype of the model's densities.
+        dtype: Floating dtype of the model's densities, torch.float64 or torch.float32.
         progress: Whether to show a bar.
+        checkpoint: A file that keeps the state after every stage of training. Called again with the same arguments, an
+            interrupted fit goes on after the last stage that was finished, and ends with what it would have been
+            without the interruption, bit by bit on the same machine; the stage that was cut off starts again.
 
     Raises:
-        ValueError: The data or the model cannot be used; the message says what was expected and the cure.
+        ValueError: The data or the model cannot be used, or the checkpoint belongs to another fit; the message says
+            what was expected and the cure.
     """
     options = _options(method)
-    if device != "cpu":
-        raise ValueError(f"device must be 'cpu', got {device!r}")
-    if len(tasks) < 2:
-        raise ValueError(
-            f"fit needs at least two tasks to learn what they share, got {len(tasks)}; with one task, fix the shared "
-            "parameters in the model and use fit on simulated tasks, or use Pyro itself"
-        )
+    _check_arguments(model, tasks, seed, device, dtype)
     if hasattr(model, "check"):
         model.check(tasks)
+    training = TrainingTasks(tasks)
     with seeded(seed):
         density = TaskDensity(model, tasks, dtype=dtype)
         _check_support(density, tasks)
-        guides, shared, history = fit_amortized(density, tasks, options, progress=progress)
-    return Fit(density, guides, shared, tasks, history, seed)
+        file = None if checkpoint is None else FileCheckpoint(checkpoint, density, training, options, seed)
+        # Training changes guides and embeddings in place: the user's own stay as they are.
+        own = copy.deepcopy(options)
+        guides, shared, history = fit_amortized(density, tasks, own, progress=progress, checkpoint=file)
+    return Fit(FitState(density, guides, shared, training, history, options, seed))
+
+
+def load(path: str | os.PathLike[str], model: Model, *, method: Amortized | None = None) -> Fit:
+    """Reads a fit that `Fit.save` wrote; it gives the same draws and predictions, bit by bit on the same machine.
+
+    Args:
+        path: The file.
+        model: The model that was fitted: functions are not stored, only what was learned.
+        method: The options of the fit, needed only where they hold objects that cannot be stored (a guide, an
+            embedding, an objective of one's own).
+
+    Raises:
+        ValueError: The file is missing, damaged or not a fit, or it belongs to another model or other options.
+    """
+    _check_model(model)
+    return Fit(load_fit(path, model, kinds=METHODS, options=copy.deepcopy(method)))
 
 
 class Fit:
@@ -76,20 +99,41 @@ class Fit:
     Attributes:
         shared: Posterior of the shared parameters.
         history: What training went through.
-        tasks: The training tasks.
+        seed: The seed of the fit.
     """
 
-    def __init__(
-        self, density: TaskDensity, guides: Guides, shared: SharedDraws, tasks: Tasks, history: History, seed: int
-    ) -> None:
-        self._density, self._guides, self._shared = density, guides, shared
-        self.tasks, self.history, self.seed = tasks, history, seed
-        self.shared = Shared(density, shared, seed=seed)
+    def __init__(self, state: FitState) -> None:
+        self._state, self._training = state, state.training
+        self._density, self._guides, self._shared = state.density, state.guides, state.shared
+        self.history, self.seed = state.history, state.seed
+        self.shared = Shared(state.density, state.shared, seed=state.seed)
+
+    @property
+    def tasks(self) -> Tasks:
+        """The training tasks.
+
+        Raises:
+            ValueError: The fit was loaded from a file without its data.
+        """
+        return self._training.data
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Copies of the model's registered modules with the learned weights."""
         return self._density.modules()
+
+    def save(self, path: str | os.PathLike[str], *, data: bool = True) -> None:
+        """Writes the fit to one file, complete or not at all.
+
+        Args:
+            path: The file; its folder must exist.
+            data: Whether the training tasks are stored. Without them the file holds their names, sizes, fingerprints
+                and one example row; known tasks are still recognised, only `updated="replace"` is lost.
+
+        Raises:
+            ValueError: The folder does not exist, or the data are asked for and not there.
+        """
+        save_fit(path, self._state, data=data)
 
     def posterior(
         self,
@@ -112,13 +156,15 @@ class Fit:
             seed: Of the draws.
 
         Raises:
-            ValueError: Unknown options, columns or levels, or a training task with other data.
+            ValueError: Unknown options, columns or levels, a training task with other data, or its replacement where
+                the fit was saved without the data.
         """
         _check_choice("refine", refine, REFINEMENTS)
         _check_choice("updated", updated, ("error", "replace"))
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1, got {draws}")
-        tasks = tasks.aligned(self.tasks.schema)
+        _check_whole("draws", draws, 1)
+        _check_whole("seed", seed, 0)
+        _check_tasks("posterior", tasks)
+        tasks = tasks.aligned(self._training.schema)
         with seeded(seed), torch.no_grad():
             if shared is not None:
                 theta = self._density.theta_of(shared).expand(draws, -1)
@@ -139,10 +185,15 @@ class Fit:
             like: Tasks whose task columns to use; needed where the model reads task columns.
             seed: Of the draws.
         """
-        if like is None and self.tasks.schema.task_columns:
-            names = list(self.tasks.schema.task_columns)
+        _check_whole("draws", draws, 1)
+        _check_whole("seed", seed, 0)
+        schema = self._training.schema
+        if like is None and schema.task_columns:
+            names = list(schema.task_columns)
             raise ValueError(f"the model has task columns {names}; say for which tasks with like=tasks")
-        chosen = self.tasks.copies([0], names=["new task"]) if like is None else like.aligned(self.tasks.schema)
+        if like is not None:
+            _check_tasks("like", like)
+        chosen = self._training.table.copies([0], names=["new task"]) if like is None else like.aligned(schema)
         empty, _ = chosen.context_target(context=0, seed=0)
         with seeded(seed), torch.no_grad():
             theta = resample_theta(self._shared, draws)
@@ -157,28 +208,28 @@ class Fit:
 
     def __repr__(self) -> str:
         stage = self.history.stages[-1] if self.history.stages else {"seconds": float("nan")}
-        return f"Fit of {len(self.tasks)} tasks in {stage['seconds']:.1f} s\n{self.shared!r}"
+        return f"Fit of {len(self._training.table)} tasks in {stage['seconds']:.1f} s\n{self.shared!r}"
 
     def _parts(self, tasks: Tasks, draws: int, refine: str, updated: str) -> Parts:
-        known, changed, new = self._sort(tasks, updated)
+        place = self._training.sort(tasks, updated=updated)
         parts: Parts = []
         empty = np.asarray(tasks.sizes) == 0
         density, guides = self._density, self._guides
-        filled = known[~empty[known]]
+        filled, hollow = place.known[~empty[place.known]], place.known[empty[place.known]]
         if len(filled):
             drawn = infer_known(density, guides, self._shared, tasks[filled], draws=draws, refine=refine)
             parts.append((filled, drawn))
             theta = drawn.theta[torch.as_tensor(drawn.index[:, 0].copy())]
         else:
             theta = resample_theta(self._shared, draws)
-        hollow = known[empty[known]]
         if len(hollow):
             parts.append((hollow, infer_empty(density, guides, theta, tasks[hollow], joint=True)))
-        parts += self._new(tasks, new, resample_theta(self._shared, draws), refine)
-        if len(changed):
-            old = self.tasks[[self._position(identity) for identity in tasks[changed].identities()]]
-            drawn = infer_new(density, guides, resample_theta(self._shared, draws), tasks[changed], refine=refine, replaced=old)
-            parts.append((changed, drawn))
+        parts += self._new(tasks, place.new, resample_theta(self._shared, draws), refine)
+        if len(place.changed):
+            changed, theta = tasks[place.changed], resample_theta(self._shared, draws)
+            old = self._training.before(changed)
+            drawn = infer_new(density, guides, theta, changed, refine=refine, replaced=old)
+            parts.append((place.changed, drawn))
         return parts
 
     def _new(self, tasks: Tasks, index: np.ndarray, theta: Tensor, refine: str) -> Parts:
@@ -194,24 +245,6 @@ class Fit:
             parts.append((some, drawn))
         return parts
 
-    def _position(self, identity: str) -> int:
-        return self.tasks.identities().index(identity)
-
-    def _sort(self, tasks: Tasks, updated: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions of known tasks, of training tasks with other data, and of new tasks."""
-        training = dict(zip(self.tasks.identities(), self.tasks.fingerprints(), strict=True))
-        known, changed, new = [], [], []
-        for position, (identity, print_) in enumerate(zip(tasks.identities(), tasks.fingerprints(), strict=True)):
-            before = training.get(identity)
-            (new if before is None else known if before == print_ else changed).append(position)
-        if changed and updated == "error":
-            names = [tasks.names[i] for i in changed[:5]]
-            raise ValueError(
-                f"task(s) {names} were in the fit with other data; pass the same data, rename them if they are other "
-                "tasks, or say updated='replace' to infer them from these data instead"
-            )
-        return np.array(known, dtype=int), np.array(changed, dtype=int), np.array(new, dtype=int)
-
 
 def simulate(model: Model, *, like: Tasks, n: int | None = None, seed: int = 0) -> tuple[Tasks, dict[str, np.ndarray]]:
     """Simulates tasks from a model's prior.
@@ -225,18 +258,25 @@ def simulate(model: Model, *, like: Tasks, n: int | None = None, seed: int = 0) 
     Returns:
         Tasks with simulated labels, and the true value of every site (`(*event)` shared, `(task, *event)` per task).
     """
-    count = len(like) if n is None else n
-    if count < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    _check_model(model)
+    _check_tasks("like", like)
+    _check_whole("n", len(like) if n is None else n, 1)
+    _check_whole("seed", seed, 0)
+    count = len(like) if n is None else int(n)
     copies = like.copies(np.arange(count) % len(like), names=[f"simulated {i + 1}" for i in range(count)])
-    density = TaskDensity(model, copies)
     with seeded(seed):
-        values, outcomes = density.simulate(copies.batch(np.arange(count)))
-    batch = copies.batch(np.arange(count))
+        density = TaskDensity(model, copies)
+        batch = copies.batch(np.arange(count))
+        values, outcomes = density.simulate(batch)
     labels = [outcomes[site] for site in density.structure.outcomes]
     if not labels:
         raise ValueError("the model has no observed site to simulate, only factors (pyro.factor)")
-    drawn = labels[0] if len(labels) == 1 else torch.stack(labels, -1)
+    drawn = labels[0] if len(labels) == 1 else torch.stack(torch.broadcast_tensors(*labels), -1)
+    if drawn.numel() != batch.y.numel():
+        raise ValueError(
+            f"the observed sites {list(density.structure.outcomes)} give labels of shape {tuple(drawn.shape)} (tasks, "
+            f"rows, …), the tasks have {tuple(batch.y.shape)}; simulate from a model with one observed site an output"
+        )
     simulated = copies.with_labels(drawn.reshape(batch.y.shape)[batch.mask].to(copies.y.dtype))
     return simulated, {name: value.numpy() for name, value in values.items()}
 
@@ -246,13 +286,53 @@ def _options(method: str | Amortized) -> Amortized:
         _check_choice("method", method, tuple(METHODS))
         return METHODS[method]()
     if not isinstance(method, tuple(METHODS.values())):
-        raise ValueError(f"method must be one of {sorted(METHODS)} or an object of options, got {type(method).__name__}")
+        raise ValueError(
+            f"method must be one of {sorted(METHODS)} or an object of options, got {type(method).__name__}"
+        )
     return method
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _check_tasks(name: str, tasks: Any) -> None:
+    if not isinstance(tasks, Tasks):
+        raise ValueError(
+            f"{name}: expected Tasks, got {type(tasks).__name__}; make them with bm.Tasks.from_dataframe or "
+            "bm.Tasks.from_arrays"
+        )
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, ConditionalModel):
+        raise ValueError(
+            "a ConditionalModel has no task parameters and cannot be fitted yet; write a Pyro function of a batch or a "
+            "HierarchicalModel"
+        )
+    if not callable(model):
+        raise ValueError(f"model: expected a Pyro function of a batch or a HierarchicalModel, got {model!r}")
+
+
+def _check_arguments(model: Any, tasks: Any, seed: Any, device: str, dtype: torch.dtype) -> None:
+    _check_model(model)
+    _check_tasks("fit", tasks)
+    _check_whole("seed", seed, 0)
+    if device != "cpu":
+        raise ValueError(f"device must be 'cpu', got {device!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype!r}")
+    if len(tasks) < 2:
+        raise ValueError(
+            f"fit needs at least two tasks to learn what they share, got {len(tasks)}; with one task, fix the shared "
+            "parameters in the model and use fit on simulated tasks, or use Pyro itself"
+        )
 
 
 def _check_support(density: TaskDensity, tasks: Tasks) -> None:

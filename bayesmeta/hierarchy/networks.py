@@ -69,7 +69,7 @@ class Standardise(nn.Module):
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         rows = rows.double()
-        scale = rows.std(0, correction=0) if len(rows) else torch.ones(rows.shape[1:])
+        scale = rows.std(0, correction=0) if rows.numel() else torch.ones(rows.shape[1:])
         self.register_buffer("loc", rows.mean(0).float() if len(rows) else torch.zeros(rows.shape[1:]))
         self.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)).float())
 
