@@ -169,11 +169,17 @@ class Posterior:
             columns: The columns that the likelihood needs, `{name: (M,) or list}`.
             kind: "outcome" (with observation noise) or "mean".
             site: The observed site, where there are several.
-            joint: Accepted for all learners; here draws are coherent across rows anyway.
+            joint: Draws are coherent across rows, also where a `conditional` gives each row alone.
         """
-        theta, noise = self.paired()
         return predict(
-            self.density, self.tasks.at(x, columns), (theta, noise), kind=kind, site=site, seed=self.seed
+            self.density,
+            self.tasks.at(x, columns),
+            self.paired(),
+            kind=kind,
+            site=site,
+            seed=self.seed,
+            context=self.tasks,
+            joint=joint,
         )
 
     def log_likelihood(self, site: str | None = None) -> np.ndarray:

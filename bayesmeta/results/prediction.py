@@ -18,6 +18,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import Recorded, seeded
 from bayesmeta.inference.chunks import CHUNK_ELEMENTS, task_chunks
+from bayesmeta.results.coupled import CoupledRows, coupled_rows
 
 BY_PAIR = (0, 0, 0, None)
 Draws = tuple[Tensor, Tensor]
@@ -44,6 +45,7 @@ class Prediction:
     density: TaskDensity = field(repr=False)
     target: Tasks = field(repr=False)
     paired: Draws = field(repr=False)
+    coupled: CoupledRows | None = field(default=None, repr=False)
 
     @property
     def mean(self) -> np.ndarray:
@@ -78,11 +80,13 @@ class Prediction:
             `(task, M)`, NaN where there is no row; with `joint`, `(task,)`.
         """
         labelled = self.target if y is None else self.target.with_labels(_flat_labels(y, self.target))
-        rows = log_rows(self.density, labelled, self.paired, site=self.site)
-        draws = rows.shape[0]
-        if joint:
-            rows = np.nansum(rows, 2)
-        return np.logaddexp.reduce(rows, 0) - math.log(draws)
+        if self.coupled is not None:
+            rows = self.coupled.log_prob(labelled, joint=joint)
+        else:
+            rows = log_rows(self.density, labelled, self.paired, site=self.site)
+            rows = np.nansum(rows, 2) if joint else rows
+        with np.errstate(invalid="ignore"):
+            return np.logaddexp.reduce(rows, 0) - math.log(rows.shape[0])
 
 
 def predict(
@@ -93,6 +97,8 @@ def predict(
     kind: str = "outcome",
     site: str | None = None,
     seed: int = 0,
+    context: Tasks | None = None,
+    joint: bool = False,
 ) -> Prediction:
     """Draws the observed site at the rows of `target`.
 
@@ -103,6 +109,8 @@ def predict(
         kind: "outcome" or "mean".
         site: The observed site, needed where there are several.
         seed: Of the outcome noise.
+        context: The tasks with their own rows, which new rows depend on where the likelihood couples them.
+        joint: Coherent draws, row by row, where a `conditional` gives each row alone.
 
     Raises:
         ValueError: Unknown kind or site, several sites and none chosen, or nothing that can be predicted.
@@ -110,28 +118,28 @@ def predict(
     if kind not in ("outcome", "mean"):
         raise ValueError(f"kind must be 'outcome' or 'mean', got {kind!r}")
     site = choose_site(density, site)
+    coupled = coupled_rows(density, context, target, paired, site)
     function = density.outcomes if kind == "outcome" else density.means
     with seeded(seed):
-        draws = _over_pairs(density, target, paired, function, site)
-    return Prediction(target.names, draws, _mask(target), site, kind, density, target, paired)
+        if coupled is not None:
+            draws = coupled.draws(kind, joint=joint)
+        else:
+            draws = _over_pairs(density, target, paired, function, site)
+    return Prediction(target.names, draws, _mask(target), site, kind, density, target, paired, coupled)
 
 
 def choose_site(density: TaskDensity, site: str | None) -> str:
     """The observed site to predict."""
     sites = density.structure.outcomes
+    if not sites and getattr(density.model, "conditional", None) is not None:
+        sites = tuple(s.name for s in density.structure.observed if not s.shared)
     if not sites:
         raise ValueError("the model has no observed site that can be predicted, only factors (pyro.factor)")
     if site is None and len(sites) > 1:
         raise ValueError(f"the model has several observed sites {list(sites)}; choose one with site=")
     if site is not None and site not in sites:
         raise ValueError(f"unknown observed site {site!r}; there are {list(sites)}")
-    chosen = sites[0] if site is None else site
-    if chosen in density.structure.coupled:
-        raise ValueError(
-            f"the rows of site {chosen!r} depend on each other, so new rows need their conditional distribution; give "
-            "it with bm.with_conditional(model, fn), fn(phi, shared, context, x) -> Distribution"
-        )
-    return chosen
+    return sites[0] if site is None else site
 
 
 def log_rows(density: TaskDensity, tasks: Tasks, paired: Draws, *, site: str | None) -> np.ndarray:
