@@ -1,4 +1,4 @@
-"""Models and ragged tasks that tests share: twenty ways to write a hierarchical model, and conjugate ones with answers."""
+"""Models and ragged tasks that tests share: twenty ways to write a hierarchical model."""
 
 from __future__ import annotations
 

@@ -109,14 +109,14 @@ class Sampled(Flat):
             return super().shared(name, fn)
         if whitening.is_improper(fn):
             raise ValueError(f"shared site {name!r} has a flat (improper) prior, which cannot be simulated from")
-        value = fn.sample()
+        value = whitening.draw(fn)
         self.drawn[name] = whitening.bijection(fn).inv(value)
         return value, torch.zeros(()), torch.zeros(())
 
     def task(self, name: str, fn: dist.TorchDistribution, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Draws noise where the whitening is exact, a value otherwise."""
         if whitening.kind(fn) == "moments":
-            value = fn.sample()
+            value = whitening.draw(fn)
             noise = whitening.unwhiten(fn, value)
         else:
             noise = torch.randn(_unconstrained_shape(fn))

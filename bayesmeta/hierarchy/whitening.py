@@ -115,6 +115,22 @@ def unwhiten(fn: dist.TorchDistribution, value: Tensor) -> Tensor:
     return (bijection(fn).inv(value) - loc) / scale
 
 
+def draw(fn: dist.TorchDistribution) -> Tensor:
+    """Draws from a prior, where torch's own draws follow its density.
+
+    Those of `LKJCholesky` do not beyond dimension two (torch 2.13 takes Beta(k - 1/2, ·) for Beta(k/2, ·) in row k of
+    the onion method): here its independent partial correlations are drawn.
+    """
+    base = _strip(fn)
+    if not isinstance(base, torch.distributions.LKJCholesky):
+        return fn.sample()
+    transform = bijection(fn)
+    b = _partial_correlations(base).expand(transform.inverse_shape(fn.shape()))
+    eps = torch.finfo(b.dtype).eps
+    with torch.no_grad():
+        return transform(torch.atanh((2 * dist.Beta(b, b).sample() - 1).clamp(eps - 1, 1 - eps)))
+
+
 def interior(constraint: constraints.Constraint, shape: torch.Size) -> Tensor | None:
     """Values inside a constraint, of a given shape; None for the real line and where no rule is known."""
     inner = constraint
@@ -151,7 +167,12 @@ def _quantile(base: dist.TorchDistribution, z: Tensor) -> Tensor:
         if isinstance(base, family):
             return quantile(base, z)
     info = torch.finfo(z.dtype)
-    return base.icdf(torch.special.ndtr(z).clamp(info.tiny, 1 - info.eps))
+    return base.icdf(_ndtr(z).clamp(info.tiny, 1 - info.eps))
+
+
+def _ndtr(z: Tensor) -> Tensor:
+    """Φ(z) with all digits for negative z, unlike `torch.special.ndtr`."""
+    return 0.5 * torch.erfc(-math.sqrt(0.5) * z)
 
 
 def _odd(half: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
@@ -162,14 +183,24 @@ def _odd(half: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 def _half_normal(base: torch.distributions.HalfNormal, z: Tensor) -> Tensor:
     low, high = z.clamp(max=0.0), z.clamp(min=0.0)
-    lower = math.sqrt(2) * torch.special.erfinv(torch.special.ndtr(low))
-    return base.scale * torch.where(z < 0, lower, -torch.special.ndtri(0.5 * torch.special.ndtr(-high)))
+    lower = math.sqrt(2) * torch.special.erfinv(_ndtr(low))
+    return base.scale * torch.where(z < 0, lower, -torch.special.ndtri(0.5 * _ndtr(-high)))
 
 
 def _half_cauchy(base: torch.distributions.HalfCauchy, z: Tensor) -> Tensor:
     low, high = z.clamp(max=0.0), z.clamp(min=0.0)
-    lower = torch.tan(0.5 * math.pi * torch.special.ndtr(low))
-    return base.scale * torch.where(z < 0, lower, 1 / torch.tan(0.5 * math.pi * torch.special.ndtr(-high)))
+    lower = torch.tan(0.5 * math.pi * _ndtr(low))
+    return base.scale * torch.where(z < 0, lower, _cotangent(_log_ndtr(-high) - math.log(2)))
+
+
+def _cotangent(log_p: Tensor) -> Tensor:
+    """cot(πp) of log p; its gradient stays finite where p² underflows."""
+    p = log_p.exp()
+    return torch.cos(math.pi * p) * torch.exp(-log_p) / (math.pi * torch.sinc(p))
+
+
+def _kumaraswamy(base: torch.distributions.Kumaraswamy, z: Tensor) -> Tensor:
+    return (-torch.expm1(_log_ndtr(-z) / base.concentration0)) ** (1 / base.concentration1)
 
 
 _log_ndtr = torch.special.log_ndtr
@@ -181,9 +212,8 @@ _QUANTILES: dict[type, Callable[..., Tensor]] = {
     torch.distributions.Pareto: lambda fn, z: fn.scale * torch.exp(-_log_ndtr(-z) / fn.alpha),
     torch.distributions.Gumbel: lambda fn, z: fn.loc - fn.scale * torch.log(-_log_ndtr(z)),
     torch.distributions.Laplace: lambda fn, z: fn.loc + fn.scale * _odd(lambda t: math.log(2) + _log_ndtr(t), z),
-    torch.distributions.Cauchy: lambda fn, z: (
-        fn.loc + fn.scale * _odd(lambda t: -1 / torch.tan(math.pi * torch.special.ndtr(t)), z)
-    ),
+    torch.distributions.Cauchy: lambda fn, z: fn.loc + fn.scale * _odd(lambda t: -_cotangent(_log_ndtr(t)), z),
+    torch.distributions.Kumaraswamy: _kumaraswamy,
     dist.Logistic: lambda fn, z: fn.loc + fn.scale * (_log_ndtr(z) - _log_ndtr(-z)),
 }
 """F⁻¹∘Φ where it can keep its digits in both tails; other families go through their `icdf`."""
@@ -260,10 +290,14 @@ def _dirichlet(base: torch.distributions.Dirichlet) -> tuple[Tensor, Tensor]:
     return loc, (torch.polygamma(1, head) + torch.polygamma(1, rest)).sqrt()
 
 
-def _lkj(base: torch.distributions.LKJCholesky) -> tuple[Tensor, Tensor]:
+def _partial_correlations(base: torch.distributions.LKJCholesky) -> Tensor:
     """Partial correlations of LKJ(η) are Beta(b, b) on (-1, 1), b = η + (D - 2 - column) / 2 (Lewandowski 2009)."""
     columns = torch.tril_indices(base.dim, base.dim, -1)[1]
-    b = base.concentration.unsqueeze(-1) + 0.5 * (base.dim - 2 - columns)
+    return base.concentration.unsqueeze(-1) + 0.5 * (base.dim - 2 - columns)
+
+
+def _lkj(base: torch.distributions.LKJCholesky) -> tuple[Tensor, Tensor]:
+    b = _partial_correlations(base)
     return torch.zeros_like(b), (0.5 * torch.polygamma(1, b)).sqrt()
 
 
