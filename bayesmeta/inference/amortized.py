@@ -132,20 +132,21 @@ def _contexts(density: TaskDensity, tasks: Tasks, guides: Guides, limit: int) ->
         fixed = (batch, density.tensors(batch))
     while True:
         if fixed is None:
-            batch = tasks.batch(*_draw(sizes, groups, limit))
+            index, rows = _draw(sizes, groups, limit)
+            batch = tasks.batch(index, rows=rows)
             yield guides.task.prepare(batch, density.tensors(batch))
         else:
             yield guides.task.prepare(*fixed)
 
 
-def _draw(sizes: np.ndarray, groups: list[np.ndarray] | None, limit: int) -> Any:
+def _draw(sizes: np.ndarray, groups: list[np.ndarray] | None, limit: int) -> tuple[np.ndarray, int | None]:
     pool = np.arange(len(sizes))
     if groups is not None:
         share = np.array([len(g) for g in groups]) / len(sizes)
         pool = groups[int(torch.multinomial(torch.as_tensor(share), 1))]
     index = pool[torch.randperm(len(pool))[:limit].numpy()]
     if groups is not None:
-        return (index,)
+        return index, None
     return index, min(padded_rows(int(sizes[index].max())), max(1, int(sizes.max())))
 
 
