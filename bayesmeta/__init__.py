@@ -9,6 +9,7 @@ from bayesmeta.inference import guides
 from bayesmeta.inference.amortized import Amortized
 from bayesmeta.inference.protocols import TaskGuide
 from bayesmeta.inference.training import Optimizer
+from bayesmeta.results.conditional import ConditionalFit, ConditionalPrediction
 from bayesmeta.results.posterior import Posterior
 from bayesmeta.results.prediction import Prediction
 
@@ -17,7 +18,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Amortized",
     "Batch",
+    "ConditionalFit",
     "ConditionalModel",
+    "ConditionalPrediction",
     "Fit",
     "HierarchicalModel",
     "Optimizer",

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Integral
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ from bayesmeta.hierarchy.model import ConditionalModel
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.inference.amortized import Amortized, fit_amortized
+from bayesmeta.inference.conditional import fit_conditional
 from bayesmeta.inference.ladder import TaskDraws, infer_empty, infer_known, infer_new, resample_theta
+from bayesmeta.inference.training import Optimizer
+from bayesmeta.results.conditional import ConditionalFit, load_conditional
 from bayesmeta.results.fit_storage import FileCheckpoint, FitState, load_fit, save_fit
 from bayesmeta.results.posterior import Posterior, Shared
 from bayesmeta.results.prediction import Prediction
@@ -33,8 +37,32 @@ DTYPES = (torch.float64, torch.float32)
 Parts = list[tuple[np.ndarray, TaskDraws]]
 
 
+@overload
+def fit(
+    model: ConditionalModel,
+    tasks: Tasks,
+    *,
+    method: str | Amortized = ...,
+    seed: int = ...,
+    device: str = ...,
+    dtype: torch.dtype = ...,
+    progress: bool = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+) -> ConditionalFit: ...
+@overload
 def fit(
     model: Model,
+    tasks: Tasks,
+    *,
+    method: str | Amortized = ...,
+    seed: int = ...,
+    device: str = ...,
+    dtype: torch.dtype = ...,
+    progress: bool = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+) -> Fit: ...
+def fit(
+    model: Any,
     tasks: Tasks,
     *,
     method: str | Amortized = "amortized",
@@ -43,13 +71,13 @@ def fit(
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> Fit:
+) -> Fit | ConditionalFit:
     """Learns a hierarchical model from tasks.
 
     Args:
-        model: Ordinary Pyro function of a `Batch`, or a `HierarchicalModel`.
+        model: Ordinary Pyro function of a `Batch`, a `HierarchicalModel`, or a `ConditionalModel` (no task parameters).
         tasks: At least two tasks.
-        method: "amortized", or `bm.Amortized(...)` with options.
+        method: "amortized", or `bm.Amortized(...)` with options; a `ConditionalModel` takes its optimizer alone.
         seed: Same seed, same machine: the same fit, bit by bit.
         device: "cpu".
         dtype: Floating dtype of the model's densities, torch.float64 or torch.float32.
@@ -64,6 +92,13 @@ def fit(
     """
     options = _options(method)
     _check_arguments(model, tasks, seed, device, dtype)
+    if isinstance(model, ConditionalModel):
+        _check_conditional(options, checkpoint)
+        with seeded(seed):
+            learner, history = fit_conditional(
+                model, tasks, optimizer=options.optimizer, seed=seed, dtype=dtype, progress=progress
+            )
+        return ConditionalFit(learner, tasks.schema, history, seed=seed, dtype=dtype)
     if hasattr(model, "check"):
         model.check(tasks)
     training = TrainingTasks(tasks)
@@ -77,7 +112,11 @@ def fit(
     return Fit(FitState(density, guides, shared, training, history, options, seed))
 
 
-def load(path: str | os.PathLike[str], model: Model, *, method: Amortized | None = None) -> Fit:
+@overload
+def load(path: str | os.PathLike[str], model: ConditionalModel) -> ConditionalFit: ...
+@overload
+def load(path: str | os.PathLike[str], model: Model, *, method: Amortized | None = None) -> Fit: ...
+def load(path: str | os.PathLike[str], model: Any, *, method: Amortized | None = None) -> Fit | ConditionalFit:
     """Reads a fit that `Fit.save` wrote; it gives the same draws and predictions, bit by bit on the same machine.
 
     Args:
@@ -90,6 +129,8 @@ def load(path: str | os.PathLike[str], model: Model, *, method: Amortized | None
         ValueError: The file is missing, damaged or not a fit, or it belongs to another model or other options.
     """
     _check_model(model)
+    if isinstance(model, ConditionalModel):
+        return load_conditional(path, model)
     return Fit(load_fit(path, model, kinds=METHODS, options=copy.deepcopy(method)))
 
 
@@ -259,6 +300,10 @@ def simulate(model: Model, *, like: Tasks, n: int | None = None, seed: int = 0) 
         Tasks with simulated labels, and the true value of every site (`(*event)` shared, `(task, *event)` per task).
     """
     _check_model(model)
+    if isinstance(model, ConditionalModel):
+        raise ValueError(
+            "a ConditionalModel has no prior to simulate from; write a Pyro function of a batch or a HierarchicalModel"
+        )
     _check_tasks("like", like)
     _check_whole("n", len(like) if n is None else n, 1)
     _check_whole("seed", seed, 0)
@@ -292,6 +337,14 @@ def _options(method: str | Amortized) -> Amortized:
     return method
 
 
+def _check_conditional(options: Amortized, checkpoint: Any) -> None:
+    if replace(options, optimizer=Optimizer()) != Amortized() or checkpoint is not None:
+        raise ValueError(
+            "a ConditionalModel has no task parameters to infer: expected method=bm.Amortized(optimizer=…) without "
+            "further options and no checkpoint; its objective and context sizes are those of bm.ConditionalModel"
+        )
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
@@ -311,11 +364,6 @@ def _check_tasks(name: str, tasks: Any) -> None:
 
 
 def _check_model(model: Any) -> None:
-    if isinstance(model, ConditionalModel):
-        raise ValueError(
-            "a ConditionalModel has no task parameters and cannot be fitted yet; write a Pyro function of a batch or a "
-            "HierarchicalModel"
-        )
     if not callable(model):
         raise ValueError(f"model: expected a Pyro function of a batch or a HierarchicalModel, got {model!r}")
 

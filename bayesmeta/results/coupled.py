@@ -174,7 +174,7 @@ class NormalRows(CoupledRows):
     def _given(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
         """Location `(P, m)` and Cholesky factor `(P, m, m)` of the new rows given the old ones, and their labels."""
         n, _ = piece.rows
-        data = _joined(piece.context, piece.target)
+        data = join_rows(piece.context, piece.target)
         values = dict(self.density.learned.values)
         try:
             sites = self.density.normals.mapped(piece.theta, piece.noise, data, values, in_dims=BY_PAIR)
@@ -211,23 +211,23 @@ class ConditionalRows(CoupledRows):
             return self._call(kind, piece, piece.context, piece.target)
         context, drawn = piece.context, []
         for row in range(piece.rows[1]):
-            new = _rows(piece.target, row, row + 1)
+            new = take_rows(piece.target, row, row + 1)
             drawn.append(self._call(kind, piece, context, new))
             labels = drawn[-1].reshape(new["y"].shape).to(new["y"].dtype)
-            context = _joined(context, new | {"y": labels})
+            context = join_rows(context, new | {"y": labels})
         return torch.cat(drawn, 1)
 
     def score(self, piece: Piece, joint: bool) -> Tensor:
         """Log density of each row alone or, by the chain rule where the rows are in the batch, of all together."""
         rows = range(piece.rows[1])
-        single = [_rows(piece.target, row, row + 1) for row in rows]
+        single = [take_rows(piece.target, row, row + 1) for row in rows]
         if not joint:
             return torch.cat([self._call("score", piece, piece.context, new).reshape(-1, 1) for new in single], 1)
         whole = self._call("score", piece, piece.context, piece.target)
         if whole.dim() == 1:
             return whole
         terms = [
-            self._call("score", piece, _joined(piece.context, _rows(piece.target, 0, row)), new).reshape(-1)
+            self._call("score", piece, join_rows(piece.context, take_rows(piece.target, 0, row)), new).reshape(-1)
             for row, new in enumerate(single)
         ]
         return torch.stack(terms).sum(0)
@@ -291,20 +291,20 @@ def _groups(density: TaskDensity, context: Tasks, target: Tasks) -> Iterator[tup
             old, new = (density.tensors(tasks.batch(index)) for tasks in (context, target))
             for key in ("weight", "task_weight"):
                 old.pop(key, None)
-            yield index, {k: v[:, :n] if _by_row(k) else v for k, v in old.items()}, new
+            yield index, take_rows(old, 0, int(n), dim=1), new
 
 
 def _by_row(key: str) -> bool:
     return key in ("x", "y", "mask", "observed") or key.startswith(COLUMN)
 
 
-def _rows(data: Tensors, start: int, stop: int) -> Tensors:
-    """Some rows of tensors `(P, 1, rows, …)`."""
-    cut = {k: v[:, :, start:stop] if _by_row(k) else v for k, v in data.items()}
-    return cut | {"n": torch.full_like(data["n"], stop - start)}
+def take_rows(data: Tensors, start: int, stop: int, *, dim: int = 2) -> Tensors:
+    """Some rows of a batch's tensors, which lie along `dim`."""
+    cut = {k: v.narrow(dim, start, stop - start) if _by_row(k) else v for k, v in data.items()}
+    return cut | {"n": cut["mask"].sum(dim)}
 
 
-def _joined(first: Tensors, second: Tensors) -> Tensors:
-    """The rows of both, `(P, 1, n + m, …)`."""
-    both = {k: torch.cat([first[k], v], 2) if _by_row(k) else v for k, v in second.items()}
-    return both | {"n": first["n"] + second["n"]}
+def join_rows(first: Tensors, second: Tensors, *, dim: int = 2) -> Tensors:
+    """The rows of both, along `dim`; whatever else is there comes from the second."""
+    both = {k: torch.cat([first[k], v], dim) if _by_row(k) else v for k, v in second.items()}
+    return both | {"n": both["mask"].sum(dim)}

@@ -79,7 +79,7 @@ class Prediction:
         Returns:
             `(task, M)`, NaN where there is no row; with `joint`, `(task,)`.
         """
-        labelled = self.target if y is None else self.target.with_labels(_flat_labels(y, self.target))
+        labelled = self.target if y is None else self.target.with_labels(flat_labels(y, self.target))
         if self.coupled is not None:
             rows = self.coupled.log_prob(labelled, joint=joint)
         else:
@@ -125,7 +125,7 @@ def predict(
             draws = coupled.draws(kind, joint=joint)
         else:
             draws = _over_pairs(density, target, paired, function, site)
-    return Prediction(target.names, draws, _mask(target), site, kind, density, target, paired, coupled)
+    return Prediction(target.names, draws, row_mask(target), site, kind, density, target, paired, coupled)
 
 
 def choose_site(density: TaskDensity, site: str | None) -> str:
@@ -151,7 +151,8 @@ def log_rows(density: TaskDensity, tasks: Tasks, paired: Draws, *, site: str | N
     return np.where(_observed(tasks, values.shape[2]), values, np.nan)
 
 
-def _mask(tasks: Tasks) -> np.ndarray:
+def row_mask(tasks: Tasks) -> np.ndarray:
+    """Where tasks have rows, `(task, M)`; M is at least 1."""
     sizes = np.asarray(tasks.sizes)
     return np.arange(max(1, int(sizes.max())))[None, :] < sizes[:, None]
 
@@ -161,7 +162,7 @@ def _observed(tasks: Tasks, rows: int) -> np.ndarray:
     return (batch.mask & batch.observed.flatten(2).any(-1) if batch.observed.dim() > 2 else batch.observed).numpy()
 
 
-def _flat_labels(y: Any, target: Tasks) -> Tensor:
+def flat_labels(y: Any, target: Tasks) -> Tensor:
     """Outcomes as one tensor over all rows, checked against the rows that were predicted."""
     dims = len(target.schema.y_shape)
     if not isinstance(y, list | tuple):
@@ -190,7 +191,7 @@ def _over_pairs(density: TaskDensity, tasks: Tasks, paired: Draws, function: Rec
         draw, task = piece // len(index), index[piece % len(index)]
         found[draw, task, : values.shape[1]] = values
     result = np.asarray(found)
-    result[:, ~_mask(tasks)] = np.nan
+    result[:, ~row_mask(tasks)] = np.nan
     return result
 
 
