@@ -126,21 +126,24 @@ class Sampled(Flat):
 
 
 class Fixed:
-    """Latents of a trial run, whatever their shapes: the same coordinates around `centre` for every task."""
+    """Latents of a trial run, whatever their shapes: coordinates around `centre`, others for each task of a batch."""
 
     def __init__(self, centre: float = 0.0) -> None:
         self._centre = centre
 
     def _at(self, shape: torch.Size, batch_dims: int) -> Tensor:
         event = shape[batch_dims:]
-        return torch.linspace(0.5 * self._centre, 1.5 * self._centre, event.numel()).reshape(event).expand(shape)
+        one = torch.linspace(0.5 * self._centre, 1.5 * self._centre, event.numel()).reshape(event)
+        if not batch_dims:
+            return one
+        return one * (1.0 + 0.5 * torch.arange(shape[0])).reshape(-1, *[1] * (len(shape) - 1))
 
     def shared(self, name: str, fn: dist.TorchDistribution) -> tuple[Tensor, Tensor, Tensor]:
         """Constrains the fixed coordinates."""
         return _constrain(fn, self._at(_unconstrained_shape(fn), 0))
 
     def task(self, name: str, fn: dist.TorchDistribution, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps the fixed noise."""
+        """Maps the fixed noise, which the first task of any batch shares."""
         value, log_prior = whitening.whiten(fn, self._at(_unconstrained_shape(fn), whitening.BATCH_DIMS))
         return value, log_prior, torch.zeros_like(log_prior)
 

@@ -80,8 +80,16 @@ class Captured(TorchFunctionMode):
         if func == _IS_TRAINABLE:  # pyro.module asks a parameter itself, before it registers it
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
-            args, kwargs = pytree.tree_map_only(Tensor, self._swap, (args, kwargs or {}))
+            args, kwargs = self._replace(args), self._replace(kwargs or {})
         return func(*args, **kwargs)
+
+    def _replace(self, value: Any) -> Any:
+        # exact types only: a torch.Size must stay one, for tensor.new(size) reads a tuple as data
+        if isinstance(value, Tensor):
+            return self._swap(value)
+        if type(value) in (tuple, list):
+            return type(value)(map(self._replace, value))
+        return {key: self._replace(v) for key, v in value.items()} if type(value) is dict else value
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ class _Handler(Messenger):
         plates = {frame.name for frame in msg["cond_indep_stack"]}
         self._check_name(msg["name"])
         _check_frames(msg["name"], msg["cond_indep_stack"])
-        if msg["infer"] is not None and msg["infer"].get("_deterministic"):
+        if _is_deterministic(msg):
             self._store(msg["name"], msg["value"], plates)
         elif msg["is_observed"]:
             self._observe(msg, plates)
@@ -261,6 +261,13 @@ class _Handler(Messenger):
         kept = _kept(fn, mask)
         inside = inside if kept is None else inside | ~kept
         self.trace.outcomes[name] = inside.expand(torch.broadcast_shapes(inside.shape, (self.trace.tasks, 1)))
+
+
+def _is_deterministic(msg: dict[str, Any]) -> bool:
+    """`pyro.deterministic`, or what a reparametrised site became."""
+    fn = msg["fn"]
+    masked = isinstance(fn, dist.MaskedDistribution) and fn._mask is False and isinstance(fn.base_dist, dist.Delta)
+    return bool(masked and msg["is_observed"])
 
 
 def _score(msg: dict[str, Any], value: Tensor) -> Tensor:
