@@ -159,7 +159,8 @@ class FlowTasks:
         return density(white.square().sum(-1), log_det, noise.shape[-1])
 
     def _bend(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        return functional_call(self.bend, dict(self.parameters), (x, self.context, self.gain, inverse))
+        context = self.context.expand(*x.shape[:-1], -1)
+        return functional_call(self.bend, dict(self.parameters), (x, context, self.gain, inverse))
 
 
 class FlowGuide(TaskGuide):
@@ -181,7 +182,7 @@ class FlowGuide(TaskGuide):
         self,
         base: NaturalGuide | PooledGuide | None = None,
         *,
-        layers: int = 2,
+        layers: int = 3,
         bins: int = 8,
         hidden: int = 32,
     ) -> None:
