@@ -116,7 +116,7 @@ def _run_stage(
         value.backward()
         adam.step()
         now = float(value.detach())
-        if step >= 0.75 * steps:
+        if step >= int(0.75 * steps):
             last_quarter.append(-now)
         average = now if math.isnan(average) else (1 - SMOOTHING) * average + SMOOTHING * now
         if step % REPORT_EVERY == 0 or step == steps - 1:
