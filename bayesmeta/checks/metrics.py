@@ -1,0 +1,138 @@
+"""Scores of predictions, in NumPy alone: log score, RMSE, CRPS, coverage, calibration, and their errors over tasks.
+
+Predictions of held-out rows are arrays `(task, M)`, draws `(draw, task, M)`; NaN marks rows that a task does not have.
+A score is averaged over the rows of a task first and then over tasks, so that small tasks count as much as large ones
+and standard errors are over tasks. `sharing.py`, `plots.py` and `benchmarks/` call this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+LEVELS = tuple(np.linspace(0.05, 0.95, 20))
+"""Levels at which calibration is measured."""
+
+
+def per_task(values: np.ndarray) -> np.ndarray:
+    """Means over the rows of each task.
+
+    Args:
+        values: `(task, M)`, NaN where there is no row.
+
+    Returns:
+        `(task,)`, NaN for tasks without rows.
+    """
+    values = np.asarray(values, dtype=float)
+    there = ~np.isnan(values)
+    count = there.sum(-1)
+    total = np.where(there, values, 0.0).sum(-1)
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean over tasks and its standard error.
+
+    Args:
+        values: `(task,)`; NaN is left out.
+
+    Returns:
+        (mean, standard error); the error is NaN for fewer than two tasks, both are for none.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else math.nan), math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def squared_error(mean: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Mean squared error of each task `(task,)` from predictive means and outcomes `(task, M)`."""
+    return per_task(np.square(np.asarray(mean) - np.asarray(y)))
+
+
+def rmse(mean: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Root of the mean squared error and its standard error over tasks (delta method).
+
+    Example:
+        >>> value, error = rmse(np.array([[1.0, 2.0], [4.0, np.nan]]), np.array([[1.0, 4.0], [4.0, np.nan]]))
+        >>> value
+        1.0
+    """
+    return root(squared_error(mean, y))
+
+
+def root(squared: np.ndarray) -> tuple[float, float]:
+    """Root of the mean of `(task,)` and its standard error over tasks (delta method)."""
+    mean, error = mean_and_error(squared)
+    value = math.sqrt(mean) if mean > 0 else mean
+    return value, error / (2 * value) if value > 0 else math.nan
+
+
+def coverage(lower: np.ndarray, upper: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Share of the rows of each task that lie in their interval: `(task,)` from `(task, M)` each."""
+    y = np.asarray(y, dtype=float)
+    inside = (y >= lower) & (y <= upper)
+    return per_task(np.where(np.isnan(y), np.nan, inside))
+
+
+def crps(draws: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Continuous ranked probability score of each row, smaller is better, in the units of y.
+
+    The estimator E|X − y| − ½ E|X − X'| from draws, unbiased in the number of draws.
+
+    Args:
+        draws: `(draw, task, M)`, at least two draws.
+        y: `(task, M)`.
+
+    Returns:
+        `(task, M)`, NaN where there is no row.
+
+    References:
+        Gneiting, Raftery: Strictly Proper Scoring Rules, Prediction, and Estimation, 2007,
+        https://doi.org/10.1198/016214506000001437
+    """
+    draws = np.sort(np.asarray(draws, dtype=float), axis=0)
+    count = len(draws)
+    if count < 2:
+        raise ValueError(f"crps: expected at least two draws, got {count}")
+    rank = np.arange(count).reshape(-1, *[1] * (draws.ndim - 1))
+    spread = 2 * ((2 * rank - count + 1) * draws).sum(0) / (count * (count - 1))
+    return np.abs(draws - y).mean(0) - 0.5 * spread
+
+
+def pit(draws: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Probability integral transform of each row: the share of draws below y, ties counted half.
+
+    Args:
+        draws: `(draw, task, M)`.
+        y: `(task, M)`.
+
+    Returns:
+        `(task, M)` in [0, 1], uniform if the predictions are calibrated (and continuous); NaN where there is no row.
+    """
+    y = np.asarray(y, dtype=float)
+    share = ((draws < y).mean(0) + (draws <= y).mean(0)) / 2
+    return np.where(np.isnan(y), np.nan, share)
+
+
+def calibration_curve(values: np.ndarray, levels: Sequence[float] = LEVELS) -> np.ndarray:
+    """Share of rows whose PIT is at most each level, rows averaged within tasks and then over tasks.
+
+    Args:
+        values: PIT values `(task, M)`.
+        levels: Probabilities.
+
+    Returns:
+        `(level,)`; the levels themselves if the predictions are calibrated.
+    """
+    values = np.asarray(values, dtype=float)
+    below = [per_task(np.where(np.isnan(values), np.nan, values <= level)) for level in levels]
+    return np.array([mean_and_error(shares)[0] for shares in below])
+
+
+def calibration_error(values: np.ndarray, levels: Sequence[float] = LEVELS) -> float:
+    """Root mean squared distance of the calibration curve from the diagonal; PIT values `(task, M)`."""
+    return float(np.sqrt(np.square(calibration_curve(values, levels) - np.asarray(levels)).mean()))
