@@ -23,6 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bayesmeta.hierarchy.simplify import simplify
+
 logger = logging.getLogger("bayesmeta")
 
 _LOCK = threading.RLock()
@@ -152,6 +154,34 @@ def _check_noise(single: TensorFunction, mapped: TensorFunction, count: int) -> 
         raise RuntimeError("the mapped graph would repeat random numbers from slice to slice")
 
 
+def _value_and_gradient(function: TensorFunction, targets: Sequence[int], *leaves: Tensor) -> tuple[Tensor, ...]:
+    at = [leaf.detach().requires_grad_() if i in targets else leaf for i, leaf in enumerate(leaves)]
+    with torch.enable_grad():
+        value = function(*at)
+        gradients = torch.autograd.grad(value.sum(), [at[i] for i in targets], materialize_grads=True)
+    return value.detach(), *gradients
+
+
+def _record_gradient(both: TensorFunction, leaves: Sequence[Tensor]) -> TensorFunction:
+    try:
+        return simplify(make_fx(both)(*[leaf.detach() for leaf in leaves]))
+    except (RuntimeError, NotImplementedError) as error:
+        logger.info("the gradient of a graph could not be recorded, autograd computes it: %s", error)
+        return both
+
+
+def _compile(graph: TensorFunction, leaves: Sequence[Tensor]) -> TensorFunction:
+    try:
+        with _LOCK:
+            compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+            with torch.no_grad():
+                compiled(*[leaf.detach() for leaf in leaves])
+            return compiled
+    except (RuntimeError, OSError) as error:
+        logger.info("a graph runs uncompiled, the compiler failed: %s", error)
+        return graph
+
+
 class Recorded:
     """A function whose graph is recorded once for every set of input shapes.
 
@@ -178,6 +208,7 @@ class Recorded:
         self._vary = vary
         self._graphs: dict[Any, TensorFunction] = {}
         self._mapped: dict[Any, TensorFunction] = {}
+        self._gradients: dict[Any, TensorFunction] = {}
         self.status: dict[Any, str] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -202,13 +233,46 @@ class Recorded:
 
         The graph is recorded for one slice and mapped; where that fails the slices are run one by one.
         """
+        return self.mapped_graph(*args, in_dims=in_dims)(*pytree.tree_leaves(args))
+
+    def mapped_graph(self, *args: Any, in_dims: Any) -> TensorFunction:
+        """The graph that `mapped` calls, a function of the flat leaves of `args`."""
         leaves, _ = pytree.tree_flatten(args)
         dims = tuple(d for a, d in zip(args, in_dims, strict=True) for _ in pytree.tree_leaves(a))
         key = (signature(leaves), dims)
         if key not in self._mapped:
             one = [a if d is None else pytree.tree_map(lambda t: t[0], a) for a, d in zip(args, in_dims, strict=True)]
             self._mapped[key] = self._map(key, self.graph(*one), leaves, dims)
-        return self._mapped[key](*leaves)
+        return self._mapped[key]
+
+    def gradient(
+        self, *args: Any, wrt: Sequence[int] = (0, 1), in_dims: Any = None, compiled: bool = False
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The function's value, one tensor, and the gradient of its sum: forward and backward recorded as one graph.
+
+        Args:
+            *args: The function's arguments.
+            wrt: Which arguments to differentiate for; their pytrees must hold floating tensors only.
+            in_dims: As in `mapped`; None does not map.
+            compiled: Compile the graph where there is a compiler.
+
+        Returns:
+            The value, and a tuple with the gradient of each argument in `wrt`.
+        """
+        leaves, _ = pytree.tree_flatten(args)
+        dims = None if in_dims is None else tuple(in_dims)
+        key = (signature(leaves), dims, tuple(wrt), compiled)
+        if key not in self._gradients:
+            call = self.mapped_graph(*args, in_dims=in_dims) if in_dims is not None else self.graph(*args)
+            places = [(i, leaf) for i, a in enumerate(args) for leaf in pytree.tree_leaves(a)]
+            targets = [j for i in wrt for j, (owner, _) in enumerate(places) if owner == i]
+            both = functools.partial(_value_and_gradient, call, targets)
+            joint = _record_gradient(both, leaves) if isinstance(call, torch.fx.GraphModule) else both
+            self._gradients[key] = _compile(joint, leaves) if compiled else joint
+        with torch.no_grad():
+            value, *flat = self._gradients[key](*[leaf.detach() for leaf in leaves])
+        flat.reverse()
+        return value, tuple(pytree.tree_map(lambda _: flat.pop(), args[i]) for i in wrt)
 
     def _map(self, key: Any, graph: TensorFunction, leaves: list[Tensor], dims: tuple[int | None, ...]) -> Any:
         """A graph over the leading dimension; where it cannot be recorded, a loop over its slices."""
@@ -219,6 +283,7 @@ class Recorded:
                 recorded = make_fx(batched)(*examples)
             _check_noise(graph, recorded, _count(leaves, dims))
             _pin_dtypes(recorded)
+            simplify(recorded)
             self.status[key] = "recorded"
             return recorded
         except (RuntimeError, NotImplementedError) as error:
@@ -243,6 +308,7 @@ class Recorded:
             with seeded(0), self._context():
                 graph = _trace(flat, examples)
             _pin_dtypes(graph)
+            simplify(graph)
             moving = len(pytree.tree_leaves(pytree.tree_unflatten(leaves, spec)[: self._vary]))
             agrees = self._random or self._agrees(flat, graph, examples, moving)
             reason = "recorded" if agrees else "the recorded graph gives other numbers at another point"

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 
-_SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.clone.default}
+_SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
 _SHAPED = {
+    aten.clone.default,
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -27,6 +28,8 @@ _SHAPED = {
     aten._to_copy.default,
 }
 """Operations that change nothing where the result has the shape, strides and dtype of the input."""
+_UNDONE = {aten.squeeze.dims, aten.unsqueeze.default}
+"""Views that can cancel each other."""
 _POINTWISE = {
     aten.exp.default,
     aten.log.default,
@@ -44,29 +47,61 @@ _POINTWISE = {
 }
 _WITH_NUMBER = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 """Pointwise too where the second argument is a number."""
-_IN_PLACE = "_"
-LARGEST_CONSTANT = 2**16
-"""Elements of the largest constant that is kept in a graph."""
+_UNITS = {
+    aten.add.Tensor: 0,
+    aten.sub.Tensor: 0,
+    aten.mul.Tensor: 1,
+    aten.div.Tensor: 1,
+    aten.pow.Tensor_Scalar: 1,
+}
+_FILLED = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+"""Their values depend on no input, only their shapes do, and those are fixed in a graph."""
+LARGEST_CONSTANT = 2**19
+"""Bytes of the largest constant that is kept in a graph."""
 
 
 def simplify(graph: fx.GraphModule) -> fx.GraphModule:
     """Simplifies a recorded graph in place, and returns it.
 
-    Graphs that write into tensors or draw random numbers only lose their dead code.
+    Graphs that write into tensors, draw random numbers or depend on strides only lose their dead code.
     """
     if not any(_impure(node) for node in graph.graph.nodes):
         _fold_constants(graph)
-        for step in (_same, _neutral, _single, _hoisted, _same, _hoisted):
+        _describe(graph)
+        for step in (_same, _neutral, _single, _hoisted, _same, _hoisted, _same):
             _rewrite(graph, step)
         _merge(graph)
+        for node in graph.graph.nodes:
+            if node.target in (
+                aten.view.default,
+                aten._unsafe_view.default,
+            ):  # the strides may now be others than those recorded
+                node.target = aten.reshape.default
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 
 
+def _describe(graph: fx.GraphModule) -> None:
+    """Replaces example values by tensors without storage: those of different recordings cannot be mixed."""
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
 def _impure(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.op == "call_function" and node.target is not operator.getitem
+    if node.target is aten.as_strided.default:
+        return True
     random = torch.Tag.nondeterministic_seeded in node.target.tags
     return random or node.target._schema.is_mutable
 
@@ -78,6 +113,11 @@ def _value(node: Any) -> Tensor | None:
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
+    value = getattr(graph, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+    return value if isinstance(value, Tensor) else None
 
 
 def _rewrite(graph: fx.GraphModule, step: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> None:
@@ -95,44 +135,53 @@ def _same(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Views and copies that change nothing."""
     if node.target in _SAME:
         return node.args[0]  # type: ignore[return-value]
+    if node.target in _UNDONE and isinstance(node.args[0], fx.Node) and node.args[0].target in _UNDONE:
+        before: Any = node.args[0].args[0]
+        return before if _alike(_value(node), _value(before)) else None
     if node.target in _SHAPED and _alike(_value(node), _value(node.args[0])):
         return node.args[0]  # type: ignore[return-value]
     return None
 
 
 def _neutral(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """x + 0, x − 0, x · 1, x / 1 and x¹."""
-    if len(node.args) < 2 or not isinstance(node.args[1], (int, float)):
-        return None
-    additive = node.target in (aten.add.Tensor, aten.sub.Tensor) and node.args[1] == 0
-    scaling = node.target in (aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar) and node.args[1] == 1
-    if (additive or scaling) and _alike(_value(node), _value(node.args[0])):
-        return node.args[0]  # type: ignore[return-value]
+    """Drops the neutral element: x + 0, x − 0, x · 1, x / 1 and x¹."""
+    for place, other in ((0, 1), (1, 0))[: len(node.args) - 1]:
+        unit = _UNITS.get(node.target)
+        if unit is None or (place and node.target not in (aten.add.Tensor, aten.mul.Tensor)):
+            continue
+        if _is_number(graph.owning_module, node.args[other], unit) and _alike(_value(node), _value(node.args[place])):
+            return node.args[place]  # type: ignore[return-value]
     return None
+
+
+def _is_number(graph: Any, argument: Any, number: float) -> bool:
+    if isinstance(argument, (int, float)):
+        return argument == number
+    constant = _constant(graph, argument)
+    return constant is not None and bool((constant == number).all())
 
 
 def _single(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Sums over dimensions of size one, and stacks and concatenations of one tensor, are views."""
-    value, source = _value(node), _value(node.args[0]) if node.args else None
-    if node.target in (aten.stack.default, aten.cat.default):
-        parts = node.args[0]
-        if not isinstance(parts, (list, tuple)) or len(parts) != 1:
-            return None
-        return _as_view(graph, parts[0], value)
-    if node.target is aten.sum.dim_IntList and source is not None and value is not None:
-        if source.numel() == value.numel() and source.dtype == value.dtype:
-            return _as_view(graph, node.args[0], value)
-    return None
-
-
-def _as_view(graph: fx.Graph, source: Any, value: Tensor | None) -> fx.Node | None:
-    if value is None or not value.is_contiguous() or not source.meta["val"].is_contiguous():
+    value = _value(node)
+    if value is None or not node.args:
         return None
-    return _call(graph, aten.view.default, (source, list(value.shape)), value)
+    if node.target in (aten.stack.default, aten.cat.default):
+        parts: Any = node.args[0]
+        if len(parts) != 1 or node.target is aten.cat.default:
+            return parts[0] if len(parts) == 1 else None
+        return _call(graph, aten.unsqueeze.default, (parts[0], *node.args[1:]) if node.args[1:] else (parts[0], 0))
+    source = _value(node.args[0])
+    if node.target is not aten.sum.dim_IntList or source is None or source.dtype != value.dtype:
+        return None
+    dims: Any = node.args[1]
+    if not dims or any(source.shape[d] != 1 for d in dims):
+        return None
+    return node.args[0] if len(node.args) > 2 else _call(graph, aten.squeeze.dims, (node.args[0], dims))  # type: ignore[return-value]
 
 
 def _hoisted(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """f(expand(x)) = expand(f(x)), and a / expand(b) = a · expand(1 / b)."""
+    """Swaps f(expand(x)) for expand(f(x)), and a / expand(b) for a · expand(1 / b)."""
     if node.target is aten.div.Tensor and _expanded(node.args[1]):
         return _times_reciprocal(graph, node)
     unary = node.target in _POINTWISE
@@ -140,8 +189,8 @@ def _hoisted(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if not (unary or number) or not node.args or not _expanded(node.args[0]):
         return None
     expanded: Any = node.args[0]
-    small = _call(graph, node.target, (expanded.args[0], *node.args[1:]), None, node.kwargs)
-    return _call(graph, aten.expand.default, (small, list(_shape(node))), None)
+    small = _call(graph, node.target, (expanded.args[0], *node.args[1:]), node.kwargs)
+    return _call(graph, aten.expand.default, (small, list(_shape(node))))
 
 
 def _times_reciprocal(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -149,9 +198,9 @@ def _times_reciprocal(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     source, value = _value(divisor.args[0]), _value(node)
     if node.kwargs or source is None or value is None or source.dtype != value.dtype:
         return None
-    inverse = _call(graph, aten.reciprocal.default, (divisor.args[0],), None)
-    wide = _call(graph, aten.expand.default, (inverse, list(_shape(divisor))), None)
-    return _call(graph, aten.mul.Tensor, (node.args[0], wide), value)
+    inverse = _call(graph, aten.reciprocal.default, (divisor.args[0],))
+    wide = _call(graph, aten.expand.default, (inverse, list(_shape(divisor))))
+    return _call(graph, aten.mul.Tensor, (node.args[0], wide))
 
 
 def _expanded(node: Any) -> bool:
@@ -166,13 +215,10 @@ def _shape(node: fx.Node) -> torch.Size:
     return value.shape
 
 
-def _call(graph: fx.Graph, target: Any, args: Any, value: Tensor | None, kwargs: Any = None) -> fx.Node:
-    """Adds a node; its example value is computed (on fake or small tensors) where it is not known."""
+def _call(graph: fx.Graph, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
+    """Adds a node, and its example value."""
     node = graph.call_function(target, args, dict(kwargs or {}))
-    if value is None:
-        real = fx.node.map_arg(args, lambda n: n.meta["val"])
-        value = target(*real, **(kwargs or {}))
-    node.meta["val"] = value
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **(kwargs or {}))
     return node
 
 
@@ -181,19 +227,33 @@ def _fold_constants(graph: fx.GraphModule) -> None:
     known: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
-            known[node] = getattr(graph, str(node.target))
+            constant = getattr(graph, str(node.target))
+            if not isinstance(constant, nn.Parameter):
+                known[node] = constant
+        elif node.target in _FILLED and _value(node) is not None:
+            known[node] = _filled(node)
         elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     for place, (node, value) in enumerate(known.items()):
         used = any(user not in known for user in node.users)
-        if node.op != "get_attr" and used and isinstance(value, Tensor) and value.numel() <= LARGEST_CONSTANT:
+        if node.op != "get_attr" and used and isinstance(value, Tensor) and _stored(value) <= LARGEST_CONSTANT:
             name = f"_folded{place}"
             graph.register_buffer(name, value.detach(), persistent=False)
             with graph.graph.inserting_before(node):
-                constant = graph.graph.get_attr(name)
-            constant.meta = dict(node.meta)
-            node.replace_all_uses_with(constant)
+                folded = graph.graph.get_attr(name)
+            folded.meta = dict(node.meta)
+            node.replace_all_uses_with(folded)
+
+
+def _stored(value: Tensor) -> int:
+    return value.untyped_storage().nbytes()
+
+
+def _filled(node: fx.Node) -> Tensor:
+    source = node.args[0].meta["val"]  # type: ignore[union-attr]
+    value: Tensor = node.target(torch.zeros(source.shape, dtype=source.dtype), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return value.flatten()[0].clone().expand(value.shape) if value.numel() else value
 
 
 def _merge(graph: fx.GraphModule) -> None:

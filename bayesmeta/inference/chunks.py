@@ -18,6 +18,9 @@ CHUNK_TASKS = 512
 GROWTH = 4
 """Ratio between the sizes that tasks are padded to; a smaller one pads less and records more graphs."""
 
+PIECE_ELEMENTS = 20_000
+"""What evaluating one more piece costs, in rows × tasks × draws."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -28,7 +31,7 @@ class Chunk:
 
 
 def padded_rows(size: int) -> int:
-    """The number of rows that a task of this size is padded to: 1, 4, 16, 64, …"""
+    """The number of rows that a task of this size is padded to: a power of four."""
     rows = 1
     while rows < size:
         rows *= GROWTH
@@ -60,3 +63,20 @@ def theta_chunks(theta: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         if keep < size:
             part = torch.cat([part, part[-1:].expand(size - keep, -1)])
         yield slice(start, start + keep), part
+
+
+def like_sizes(sizes: np.ndarray, *, draws: int) -> list[np.ndarray]:
+    """Cuts tasks `(T,)` into groups of like size so that padding and the number of groups cost least together."""
+    order = np.argsort(sizes, kind="stable")
+    widest = np.maximum(np.asarray(sizes)[order], 1)
+    cost = np.zeros(len(order) + 1)
+    start = np.zeros(len(order) + 1, dtype=int)
+    for end in range(1, len(order) + 1):
+        choices = cost[:end] + PIECE_ELEMENTS + draws * widest[end - 1] * (end - np.arange(end))
+        start[end] = int(choices.argmin())
+        cost[end] = choices[start[end]]
+    groups, end = [], len(order)
+    while end:
+        groups.append(np.sort(order[start[end] : end]))
+        end = start[end]
+    return groups[::-1]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 HEAVY_DF = 5.0
 """Degrees of freedom of every heavy-tailed proposal: Gaussian ones give false alarms of k̂."""
+COLUMNWISE = 8
+"""Up to this dimension a Cholesky factor is computed column by column for all matrices at once."""
 
 
 def student_t_log_prob(quadratic: Tensor, log_det_precision: Tensor, dim: int) -> Tensor:
@@ -57,30 +59,115 @@ class GaussianTasks:
 
 
 def solve_upper(upper: Tensor, right: Tensor) -> Tensor:
-    """Solves `upper x = right` for a batch of vectors `(..., d)`; by hand for d ≤ 2, where the batched call is slow."""
-    if upper.shape[-1] == 1:
-        return right / upper[..., 0]
-    if upper.shape[-1] == 2:
-        second = right[..., 1] / upper[..., 1, 1]
-        first = (right[..., 0] - upper[..., 0, 1] * second) / upper[..., 0, 0]
-        return torch.stack([first, second], -1)
+    """Solves `upper x = right` for a batch of vectors `(..., d)`."""
     return torch.linalg.solve_triangular(upper, right.unsqueeze(-1), upper=True).squeeze(-1)
 
 
-def solve_lower(lower: Tensor, right: Tensor) -> Tensor:
-    """Solves `lower x = right` for a batch of vectors `(..., d)`."""
-    if lower.shape[-1] <= 2:
-        return solve_upper(lower.flip(-1, -2), right.flip(-1)).flip(-1)
-    return torch.linalg.solve_triangular(lower, right.unsqueeze(-1), upper=False).squeeze(-1)
+class Lower:
+    """Many lower-triangular matrices L by their columns, component first.
+
+    Small matrices are cheapest with one tensor operation for all matrices and a loop over the columns; with the batch
+    last every operation runs over contiguous memory.
+
+    Args:
+        columns: Column j without its zeros, `(d − j, *batch)`.
+    """
+
+    def __init__(self, columns: list[Tensor]) -> None:
+        self.columns = columns
+
+    @classmethod
+    def cholesky(cls, matrix: Tensor) -> Lower:
+        """Factors symmetric positive definite matrices `(d, d, *batch)`."""
+        if len(matrix) > COLUMNWISE:
+            dense = torch.linalg.cholesky(matrix.movedim((0, 1), (-2, -1))).movedim((-2, -1), (0, 1))
+            return cls([dense[j:, j] for j in range(len(matrix))])
+        columns = []
+        while len(matrix):
+            column = matrix[:, 0] * matrix[:1, 0].rsqrt()
+            columns.append(column)
+            below = column[1:]
+            matrix = matrix[1:, 1:] - below.unsqueeze(1) * below if len(below) else below
+        return cls(columns)
+
+    @classmethod
+    def identity_at_zero(cls, values: Tensor, *, bound: float) -> Lower:
+        """A factor from `(d (d + 1) / 2, *batch)`: log diagonals, clamped to ± `bound`, then the rest by column."""
+        dim = (math.isqrt(8 * len(values) + 1) - 1) // 2
+        diagonal = values[:dim].clamp(-bound, bound).exp()
+        below = values[dim:].split(list(range(dim - 1, -1, -1)))
+        return cls([torch.cat([d.unsqueeze(0), b]) for d, b in zip(diagonal, below, strict=True)])
+
+    def log_det(self) -> Tensor:
+        """The log determinant, `(*batch)`."""
+        return torch.stack([column[0] for column in self.columns]).log().sum(0)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """L⁻¹ r for r `(d, *batch)`."""
+        solved = []
+        for column in self.columns:
+            x = right[0] / column[0]
+            solved.append(x)
+            right = right[1:] - column[1:] * x if len(column) > 1 else right
+        return torch.stack(solved)
+
+    def solve_transposed(self, right: Tensor) -> Tensor:
+        """L⁻ᵀ r for r `(d, *batch)`."""
+        solved: list[Tensor] = []
+        for row, column in zip(right.unbind()[::-1], self.columns[::-1], strict=True):
+            if solved:
+                row = row - (column[1:] * torch.stack(solved)).sum(0)
+            solved.insert(0, row / column[0])
+        return torch.stack(solved)
+
+    def transposed_times(self, right: Tensor) -> Tensor:
+        """Lᵀ r for r `(d, *batch)`."""
+        return torch.stack([(column * right[j:]).sum(0) for j, column in enumerate(self.columns)])
+
+    def dense(self) -> Tensor:
+        """The matrices `(*batch, d, d)`."""
+        dim = len(self.columns)
+        rows = [torch.nn.functional.pad(c.movedim(0, -1), (dim - len(c), 0)) for c in self.columns]
+        return torch.stack(rows, -1)
 
 
-def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factors of `(..., d, d)`; by hand for d ≤ 2, where the batched call is slow."""
-    if matrix.shape[-1] == 1:
-        return matrix.sqrt()
-    if matrix.shape[-1] == 2:
-        a = matrix[..., 0, 0].sqrt()
-        b = matrix[..., 1, 0] / a
-        c = (matrix[..., 1, 1] - b.square()).sqrt()
-        return torch.stack([torch.stack([a, torch.zeros_like(a)], -1), torch.stack([b, c], -1)], -2)
-    return torch.linalg.cholesky(matrix)
+@dataclass
+class NaturalTasks:
+    """Gaussians of S × T task posteriors with precision (L B)(L B)ᵀ and mean L⁻ᵀ h + s, component first.
+
+    Attributes:
+        half: h `(d, S, T)`.
+        shift: s `(d, S, T)`.
+        lower: L.
+        bend: B.
+    """
+
+    half: Tensor
+    shift: Tensor
+    lower: Lower
+    bend: Lower
+
+    @property
+    def loc(self) -> Tensor:
+        """Means `(S, T, d)`."""
+        return (self.lower.solve_transposed(self.half) + self.shift).movedim(0, -1)
+
+    @property
+    def factor(self) -> Tensor:
+        """Lower Cholesky factors of the precisions `(S, T, d, d)`."""
+        return self.lower.dense() @ self.bend.dense()
+
+    def sample(self, *, heavy: bool = False) -> Tensor:
+        """One reparametrised draw each, `(S, T, d)`; `heavy`: of the t(5) with the same location and scale."""
+        noise = torch.randn_like(self.half)
+        if heavy:
+            noise = noise * heavy_scale(tuple(noise.shape[1:]), noise)
+        bent = self.half + self.bend.solve_transposed(noise)
+        return (self.lower.solve_transposed(bent) + self.shift).movedim(0, -1).contiguous()
+
+    def log_prob(self, noise: Tensor, *, heavy: bool = False) -> Tensor:
+        """Log density `(S, T)` of `(S, T, d)`."""
+        centred = noise.movedim(-1, 0) - self.shift
+        white = self.bend.transposed_times(self.lower.transposed_times(centred) - self.half)
+        density = student_t_log_prob if heavy else normal_log_prob
+        return density(white.square().sum(0), self.lower.log_det() + self.bend.log_det(), noise.shape[-1])

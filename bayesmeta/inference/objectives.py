@@ -5,8 +5,9 @@ The guide is the pair of a shared posterior and a task guide (`Guides`); the los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide, TaskPosterior
 
 Info = Mapping[str, Tensor]
+BY_DRAW = (0, 0, None, None)
+"""The density's arguments θ and noise are mapped over draws, data and learned values are not."""
 
 
 @dataclass
@@ -29,11 +32,20 @@ class Guides:
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step works on: some tasks, how many there are in all, how many θ to draw."""
+    """What one training step works on.
+
+    Attributes:
+        context: Some tasks, encoded.
+        tasks: How many there are in all.
+        draws: How many θ to draw.
+        pieces: The same tasks in pieces of like size, `(positions (T',), data)`: less padding for the density. Empty:
+            all at once.
+    """
 
     context: Context
     tasks: int
     draws: int = 8
+    pieces: Sequence[tuple[Tensor, dict[str, Tensor]]] = ()
 
 
 Objective = Callable[[TaskDensity, Guides, Step], tuple[Tensor, Info]]
@@ -48,15 +60,12 @@ def elbo(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info
         Roeder, Wu, Duvenaud: Sticking the Landing, 2017, https://arxiv.org/abs/1703.09194
     """
     theta = guides.shared.sample(step.draws)
-    log_q_shared = guides.shared.log_prob(theta)
-    noise = guides.task.condition(theta, step.context).sample()
-    log_q = frozen(guides.task, theta, step.context).log_prob(noise)
-    log_p = density.log_task.mapped(theta, noise, step.context.data, guides.values, in_dims=(0, 0, None, None))
-    per_task = log_p - log_q
-    shared = density.log_prior(theta, guides.values) - log_q_shared
-    scale = step.tasks / per_task.shape[1]
-    value = shared + scale * per_task.sum(1, dtype=torch.float64)
-    return -value.mean() / step.tasks, {"log_p": log_p, "theta": theta, "noise": noise}
+    posterior = guides.task.condition(theta, step.context)
+    noise = posterior.sample()
+    log_p, joint = _log_joint(density, guides, step, theta, noise)
+    scale = step.tasks / noise.shape[1]
+    value = joint - guides.shared.log_prob(theta).sum() - scale * _held(posterior, theta, noise)
+    return -value / (step.draws * step.tasks), {"log_p": log_p, "theta": theta, "noise": noise}
 
 
 def importance_weighted(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info]:
@@ -76,6 +85,49 @@ def importance_weighted(density: TaskDensity, guides: Guides, step: Step) -> tup
     shared = (density.log_prior(theta, guides.values) - log_q_shared).squeeze(0)
     value = shared + step.tasks * evidence.mean(dtype=torch.float64)
     return -value / step.tasks, {"log_p": log_p, "theta": theta, "noise": noise}
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradients with respect to some tensors are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        return None, None, *[gradient * outer[0] for gradient in ctx.gradients]
+
+
+def _log_joint(density: TaskDensity, guides: Guides, step: Step, theta: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The log densities log p(φ_i, D_i | θ) `(S, T)`, and Σ_s [log p(θ_s) + scale · Σ_i log p(φ_i, D_i | θ_s)]."""
+    everything = torch.arange(noise.shape[1])
+    pieces = step.pieces or [(everything, step.context.data)]
+    at, point = theta.detach(), noise.detach()
+    results = [
+        density.log_task.gradient(at, point[:, index], data, guides.values, wrt=(0, 1, 3), in_dims=BY_DRAW)
+        for index, data in pieces
+    ]
+    back = torch.cat([index for index, _ in pieces]).argsort()
+    log_p = torch.cat([value for value, _ in results], 1)[:, back]
+    by_noise = torch.cat([by_point for _, (_, by_point, _) in results], 1)[:, back]
+    others = [[by_theta, *by_values.values()] for _, (by_theta, _, by_values) in results]
+    scale = step.tasks / noise.shape[1]
+    gradients = [scale * gradient for gradient in (by_noise, *map(sum, zip(*others, strict=True)))]
+    known = _Known.apply(scale * log_p.sum(dtype=torch.float64), gradients, noise, theta, *guides.values.values())
+    return log_p, known + density.log_prior(theta, guides.values).sum()
+
+
+def _held(posterior: TaskPosterior, theta: Tensor, noise: Tensor) -> Tensor:
+    """Σ log q(φ | D, θ) over draws and tasks as a function of φ and θ only, the parameters of q held fixed."""
+    if not torch.is_grad_enabled():
+        return posterior.log_prob(noise).sum(dtype=torch.float64)
+    at = noise.detach().requires_grad_()
+    total = posterior.log_prob(at).sum(dtype=torch.float64)
+    inputs = [at, theta] if theta.requires_grad else [at]
+    gradients = torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True)
+    return _Known.apply(total.detach(), gradients, *[noise, theta][: len(inputs)])
 
 
 def frozen(guide: nn.Module, theta: Tensor, context: Context) -> TaskPosterior:
