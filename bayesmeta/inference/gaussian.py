@@ -59,8 +59,33 @@ class GaussianTasks:
 
 
 def solve_upper(upper: Tensor, right: Tensor) -> Tensor:
-    """Solves `upper x = right` for a batch of vectors `(..., d)`."""
+    """Solves `upper x = right` for a batch of vectors `(..., d)`; by hand for d ≤ 2, where the batched call is slow."""
+    if upper.shape[-1] == 1:
+        return right / upper[..., 0]
+    if upper.shape[-1] == 2:
+        second = right[..., 1] / upper[..., 1, 1]
+        first = (right[..., 0] - upper[..., 0, 1] * second) / upper[..., 0, 0]
+        return torch.stack([first, second], -1)
     return torch.linalg.solve_triangular(upper, right.unsqueeze(-1), upper=True).squeeze(-1)
+
+
+def solve_lower(lower: Tensor, right: Tensor) -> Tensor:
+    """Solves `lower x = right` for a batch of vectors `(..., d)`."""
+    if lower.shape[-1] <= 2:
+        return solve_upper(lower.flip(-1, -2), right.flip(-1)).flip(-1)
+    return torch.linalg.solve_triangular(lower, right.unsqueeze(-1), upper=False).squeeze(-1)
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factors of `(..., d, d)`; by hand for d ≤ 2, where the batched call is slow."""
+    if matrix.shape[-1] == 1:
+        return matrix.sqrt()
+    if matrix.shape[-1] == 2:
+        a = matrix[..., 0, 0].sqrt()
+        b = matrix[..., 1, 0] / a
+        c = (matrix[..., 1, 1] - b.square()).sqrt()
+        return torch.stack([torch.stack([a, torch.zeros_like(a)], -1), torch.stack([b, c], -1)], -2)
+    return torch.linalg.cholesky(matrix)
 
 
 class Lower:
