@@ -44,4 +44,4 @@ def weighted_quantile(values: np.ndarray, log_weight: np.ndarray, q: float | Seq
     flat_values, flat_middle = (a.reshape(len(values), -1) for a in (ordered, middle))
     columns = range(flat_values.shape[1])
     found = np.stack([np.interp(levels.reshape(-1), flat_middle[:, c], flat_values[:, c]) for c in columns], -1)
-    return found.reshape(*levels.shape, *values.shape[1:])
+    return found.reshape((*levels.shape, *values.shape[1:]))

@@ -1,0 +1,122 @@
+"""q(θ) corrected by importance sampling: right from a wrong q, and honest where it cannot be done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conjugate import ROWS, ExactGuide, close, exact, exact_guides, known_mean, make_tasks, setting
+
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import correction
+from bayesmeta.inference.correction import SharedDraws, correct_shared, reachable_ess
+from bayesmeta.inference.shared import PointShared
+from bayesmeta.results.weighted import weighted_mean, weighted_sd
+
+DRAWS = 4000
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def moments(drawn: SharedDraws) -> tuple[float, float]:
+    theta = drawn.theta[:, 0].numpy()
+    return float(weighted_mean(theta, drawn.log_weight)), float(weighted_sd(theta, drawn.log_weight))
+
+
+def truth() -> tuple[float, float]:
+    mean, covariance = exact(ROWS)
+    return mean[-1], covariance[-1, -1] ** 0.5
+
+
+def corrected(tasks: float = 0.0, **options: float) -> SharedDraws:
+    density, guides, data = setting(ROWS, **options)
+    guides.task = ExactGuide(tasks, 1.0)
+    return correct_shared(density, guides, data, draws=DRAWS)
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": 2.0}, {"width": 0.5}, {"shift": -1.5, "width": 0.6}, {"width": 3.0}])
+def test_a_shifted_or_narrow_q_is_repaired(options: dict[str, float]) -> None:
+    drawn, answer = corrected(**options), truth()
+    assert drawn.status == "corrected" and drawn.khat < 0.7
+    assert close(*moments(drawn), answer, DRAWS * drawn.ess)
+    shift, width = options.get("shift", 0.0), options.get("width", 1.0)
+    own = (answer[0] + shift * answer[1], width * answer[1])
+    assert (shift == 0 and width == 1) or not close(*own, answer, DRAWS * drawn.ess)
+
+
+def test_a_poor_task_guide_costs_candidates_and_leaves_theta_right() -> None:
+    drawn = corrected(tasks=1.5)
+    assert drawn.status == "corrected"
+    assert close(*moments(drawn), truth(), DRAWS * drawn.ess)
+
+
+def test_an_exact_q_is_used_nearly_in_full() -> None:
+    drawn = corrected()
+    assert drawn.ess > 0.85
+    np.testing.assert_allclose(np.exp(drawn.log_weight).sum(), 1.0)
+
+
+def test_a_q_far_from_the_posterior_is_reported() -> None:
+    """Too few of its draws lie under the posterior: the weights fail, and say so."""
+    drawn = corrected(shift=60.0, width=0.3)
+    assert drawn.status == "uncorrected" and drawn.khat > 0.7
+
+
+def test_noisy_evidence_of_many_tasks_leaves_q_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several hundred tasks with a poor guide: the variance of their summed evidence is too large at M candidates."""
+    monkeypatch.setattr(correction, "MAX_PER_THETA", 8)
+    rng = np.random.default_rng(0)
+    rows = {f"task {i}": list(rng.normal(size=5)) for i in range(300)}
+    density, guides, tasks = setting(rows)
+    guides.task = ExactGuide(2.0, 0.7)
+    drawn = correct_shared(density, guides, tasks, draws=DRAWS)
+    assert drawn.status == "uncorrected" and np.isinf(drawn.khat) and np.isnan(drawn.ess)
+    mean, covariance = exact(rows)
+    assert close(*moments(drawn), (mean[-1], covariance[-1, -1] ** 0.5), DRAWS)
+    assert len(np.unique(drawn.log_weight)) == 1
+
+
+def test_more_candidates_are_drawn_where_the_evidence_is_noisy() -> None:
+    few = correction._enough_candidates(*setting(ROWS))
+    density, guides, tasks = setting(ROWS)
+    guides.task = ExactGuide(2.5, 0.5)
+    many = correction._enough_candidates(density, guides, tasks)
+    assert few[0] == correction.PER_THETA and correction.PER_THETA < many[0] <= correction.MAX_PER_THETA
+    assert few[1] < correction.MAX_VARIANCE
+
+
+def test_a_correction_that_would_cost_too_much_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correction, "MAX_EVALUATIONS", 1000)
+    assert corrected().status == "uncorrected"
+
+
+def test_a_point_and_a_model_without_theta_have_nothing_to_correct() -> None:
+    density, guides, tasks = setting(ROWS)
+    guides.shared = PointShared(torch.tensor([1.25]), torch.tensor([1.0]))
+    point = correct_shared(density, guides, tasks, draws=50)
+    assert point.status == "plug-in" and point.theta.unique().tolist() == [1.25]
+    nothing = TaskDensity(known_mean, make_tasks(ROWS))
+    guides.shared = PointShared(torch.zeros(0), torch.ones(0))
+    sampled = correct_shared(nothing, guides, tasks, draws=50)
+    assert sampled.status == "sampled" and sampled.theta.shape == (50, 0) and sampled.khat == 0
+
+
+def test_reachable_ess_is_that_of_a_perfect_q() -> None:
+    """In one dimension: 1/ESS = E_t[(N/t)²], by quadrature."""
+    from scipy.stats import norm, t
+
+    grid = np.linspace(-12, 12, 20_001)
+    exact_ess = 1 / np.trapezoid(norm.pdf(grid) ** 2 / (t(5).pdf(grid / 1.5) / 1.5), grid)
+    assert reachable_ess(1) == pytest.approx(exact_ess, abs=0.03)
+    assert 1 > reachable_ess(1) > reachable_ess(3) > reachable_ess(10) > 0
+
+
+def test_guides_of_the_test_itself_are_exact() -> None:
+    mean, scale = exact_guides(ROWS).shared.centre()
+    assert (float(mean), float(scale)) == pytest.approx(truth())
