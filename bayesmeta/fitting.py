@@ -208,7 +208,7 @@ class Fit:
         tasks = tasks.aligned(self._training.schema)
         with seeded(seed), torch.no_grad():
             if shared is not None:
-                theta = self._density.theta_of(shared).expand(draws, -1)
+                theta = self._density.theta_of(_numbers(shared)).expand(draws, -1)
                 parts = self._new(tasks, np.arange(len(tasks)), theta, refine)
             else:
                 parts = self._parts(tasks, draws, refine, updated)
@@ -348,6 +348,19 @@ def _check_conditional(options: Amortized, checkpoint: Any) -> None:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def _numbers(shared: Any) -> dict[str, np.ndarray]:
+    """Given values of shared sites as arrays."""
+    if not isinstance(shared, Mapping):
+        raise ValueError(f"shared: expected {{site: value}}, got {type(shared).__name__}")
+    found = {}
+    for name, value in shared.items():
+        try:
+            found[name] = np.array(value, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"shared: {name!r} must be numbers in the shape of the site, got {value!r}") from error
+    return found
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

@@ -100,6 +100,7 @@ def load_fit(path: PathLike, model: Model, *, kinds: Mapping[str, type[Any]], op
         check_model(str(path), meta, density)
         guides = build_guides(density, training.table, options)
     _put_back(path, tensors, density, guides)
+    guides.values = {name: value.detach() for name, value in guides.values.items()}
     density.learned.values.update(guides.values)
     density.structure = with_tried(density, meta["tried"])
     check_densities(str(path), meta, density, guides.values)
