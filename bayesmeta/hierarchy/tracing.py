@@ -234,8 +234,8 @@ class _Handler(Messenger):
         in_tasks = "task" in plates
         self.trace.observed.append(ObservedSite(name, "obs" in plates, factor, tuple(fn.event_shape), not in_tasks))
         outcome = "score" if factor or not in_tasks else self._outcome
-        if outcome in ("sample", "mean"):
-            msg["value"] = self.trace.outcomes[name] = fn.sample() if outcome == "sample" else _mean(name, fn)
+        if outcome in _PREDICT:
+            msg["value"] = self.trace.outcomes[name] = _PREDICT[outcome](name, fn)
             return
         if outcome == "normal":
             msg["value"] = self._normal(name, fn, msg["value"])
@@ -323,6 +323,12 @@ def _mean(name: str, fn: dist.TorchDistribution) -> Tensor:
         return fn.mean
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(f"site {name!r}: {type(base).__name__} gives no mean; use kind='outcome'") from error
+
+
+_PREDICT: dict[str, Callable[[str, dist.TorchDistribution], Tensor]] = {
+    "sample": lambda name, fn: whitening.draw(fn),
+    "mean": _mean,
+}
 
 
 def _check_plate(name: str, fn: _Subsample) -> None:

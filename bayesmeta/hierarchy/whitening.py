@@ -175,6 +175,13 @@ def _ndtr(z: Tensor) -> Tensor:
     return 0.5 * torch.erfc(-math.sqrt(0.5) * z)
 
 
+def _log_ndtr(z: Tensor) -> Tensor:
+    """Log Φ(z) with all digits in both tails; `torch.special.log_ndtr` has no batching rule for `vmap`."""
+    low, high = z.clamp(max=-1.0), z.clamp(min=-1.0)
+    lower = torch.log(0.5 * torch.special.erfcx(-math.sqrt(0.5) * low)) - 0.5 * low.square()
+    return torch.where(z < -1, lower, torch.log1p(-0.5 * torch.erfc(math.sqrt(0.5) * high)))
+
+
 def _odd(half: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """An odd function given by its values at z <= 0, where the lower tail has all its digits."""
     lower = half(torch.where(z < 0, z, -z))
@@ -203,7 +210,6 @@ def _kumaraswamy(base: torch.distributions.Kumaraswamy, z: Tensor) -> Tensor:
     return (-torch.expm1(_log_ndtr(-z) / base.concentration0)) ** (1 / base.concentration1)
 
 
-_log_ndtr = torch.special.log_ndtr
 _QUANTILES: dict[type, Callable[..., Tensor]] = {
     torch.distributions.HalfNormal: _half_normal,
     torch.distributions.HalfCauchy: _half_cauchy,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -24,9 +23,11 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def refused(model: Callable[[Batch], object], text: str, tasks: Tasks | None = None) -> None:
-    with pytest.raises(ValueError, match=re.escape(text)):
+def refused(model: Callable[[Batch], object], text: str, tasks: Tasks | None = None) -> bool:
+    with pytest.raises(ValueError) as error:
         TaskDensity(model, tasks or make_tasks())
+    assert text in str(error.value)
+    return True
 
 
 def with_mean(mean: Callable[[Tensor, Batch], Tensor]) -> Callable[[Batch], None]:
@@ -46,11 +47,11 @@ def test_data_in_a_closure_must_be_a_column(sizes: tuple[int, ...]) -> None:
     by_row = torch.zeros(len(sizes), max(sizes))
     text = "pass it as a column"
     if len(sizes) > 1:
-        refused(with_mean(lambda phi, batch: phi + by_task), text, tasks)
-        refused(with_mean(lambda phi, batch: phi + by_task[: len(batch) + 1, 0][:, None]), text, tasks)
+        assert refused(with_mean(lambda phi, batch: phi + by_task), text, tasks)
+        assert refused(with_mean(lambda phi, batch: phi + by_task[: len(batch) + 1, 0][:, None]), text, tasks)
     if max(sizes) > 1:
-        refused(with_mean(lambda phi, batch: phi + by_row), text, tasks)
-        refused(with_mean(lambda phi, batch: phi + by_row[0]), text, tasks)
+        assert refused(with_mean(lambda phi, batch: phi + by_row), text, tasks)
+        assert refused(with_mean(lambda phi, batch: phi + by_row[0]), text, tasks)
 
 
 def test_what_the_cure_says_works() -> None:
@@ -64,7 +65,7 @@ def test_one_latent_value_a_row_is_refused_even_as_an_event() -> None:
             phi = pyro.sample("phi", dist.Normal(0.0, 1.0).expand([batch.x.shape[1]]).to_event(1))
             pyro.factor("y", -phi.square().sum(-1))
 
-    refused(model, "its size must not depend on the tasks or rows")
+    assert refused(model, "its size must not depend on the tasks or rows")
 
 
 def test_one_shared_value_a_task_is_refused() -> None:
@@ -75,8 +76,8 @@ def test_one_shared_value_a_task_is_refused() -> None:
             with batch.observations():
                 pyro.sample("y", dist.Normal(phi, 1.0), obs=batch.y)
 
-    refused(model, "shared site 'effects' has shape")
-    refused(model, "shared site 'effects' has shape (1,) in one batch and (2,)", make_tasks(sizes=(3,)))
+    assert refused(model, "shared site 'effects' has shape")
+    assert refused(model, "shared site 'effects' has shape (1,) in one batch and (2,)", make_tasks(sizes=(3,)))
 
 
 def test_observed_sites_outside_the_task_plate_must_not_see_the_batch() -> None:
@@ -85,7 +86,7 @@ def test_observed_sites_outside_the_task_plate_must_not_see_the_batch() -> None:
             phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(phi, 1.0).mask(batch.mask), obs=batch.y)
 
-    refused(model, "the log density outside batch.tasks() depends on the batch (observed sites there: ['y'])")
+    assert refused(model, "the log density outside batch.tasks() depends on the batch (observed sites there: ['y'])")
 
 
 def test_shared_priors_must_not_see_the_data() -> None:
@@ -94,11 +95,11 @@ def test_shared_priors_must_not_see_the_data() -> None:
         with batch.tasks():
             pyro.sample("phi", dist.Normal(mu, 1.0))
 
-    refused(model, "let shared priors use constants only")
+    assert refused(model, "let shared priors use constants only")
 
 
 def test_tasks_must_not_see_each_other() -> None:
-    refused(
+    assert refused(
         with_mean(lambda phi, batch: phi - phi.mean(0)),
         "the density of one task depends on the other tasks of the batch",
     )
@@ -110,7 +111,7 @@ def test_sites_must_not_change_from_batch_to_batch() -> None:
             for k in range(len(batch)):
                 pyro.sample(f"phi{k}", dist.Normal(0.0, 1.0))
 
-    refused(model, "the model has other sites in another batch")
+    assert refused(model, "the model has other sites in another batch")
 
 
 def test_padding_that_counts_asks_for_exact_sizes() -> None:

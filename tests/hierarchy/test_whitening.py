@@ -3,12 +3,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 from torch.distributions import constraints, transforms
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bayesmeta.hierarchy import whitening
 
@@ -133,6 +135,15 @@ def test_quantiles_keep_their_digits(name: str) -> None:
     z = torch.linspace(-4.0, 4.0, 9).unsqueeze(-1)
     value, _ = whitening.whiten(fn, z)
     torch.testing.assert_close(fn.cdf(value), torch.special.ndtr(z), rtol=1e-6, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", list(EVERY))
+def test_maps_are_not_unrolled_over_draws(name: str) -> None:
+    with pyro.validation_enabled(False):
+        fn = task(every(name), 2)
+        z = noise_of(fn, 2).expand(300, *noise_of(fn, 2).shape)
+        graph = make_fx(torch.func.vmap(lambda noise: whitening.whiten(fn, noise)))(z)
+    assert len(graph.graph.nodes) < 200
 
 
 def test_upper_tails_keep_their_digits() -> None:
