@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import padded_rows
-from bayesmeta.inference.correction import SharedDraws, correct_shared, reachable_ess
+from bayesmeta.inference.correction import CHECK_BUDGET, SharedDraws, correct_shared, reachable_ess
+from bayesmeta.inference.flows import FlowGuide
 from bayesmeta.inference.guides import NaturalGuide
 from bayesmeta.inference.objectives import OBJECTIVES, Guides, Objective, Step
+from bayesmeta.inference.pooled import PooledGuide
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide
 from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
 from bayesmeta.inference.training import History, Optimizer, train
@@ -37,6 +39,9 @@ SHARED: dict[str, Callable[[Tensor, Tensor], SharedPosterior]] = {
     "map": PointShared,
 }
 
+ENCODERS = ("natural", "deepset", "attention")
+FAMILIES = ("normal", "flow")
+
 
 @dataclass(frozen=True)
 class Amortized:
@@ -46,20 +51,31 @@ class Amortized:
         shared: Posterior of θ: "normal" (full covariance), "lowrank" or "map" (a point).
         objective: "elbo", "iw" or a function `(density, guides, step) -> (loss, info)`.
         guide: A `TaskGuide`, or None for the default one.
+        encoder: How rows are pooled: "natural" (the default guide, additive), "deepset", "attention", or a module
+            `(rows (T, N, width), mask (T, N)) -> (T, k)`.
         embed: Module `(R, *dx) -> (R, k)` that turns images and the like into row inputs.
+        family: "normal", or "flow" (extra `flows`) for posteriors that a Gaussian cannot follow.
         optimizer: Steps, batch size and learning rate.
     """
 
     shared: str = "normal"
     objective: str | Objective = "elbo"
     guide: TaskGuide | None = None
+    encoder: str | nn.Module = "natural"
     embed: nn.Module | None = None
+    family: str = "normal"
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("shared", self.shared, SHARED), ("objective", self.objective, OBJECTIVES)):
+        choices: dict[str, Iterable[str]] = {
+            "shared": SHARED, "objective": OBJECTIVES, "encoder": ENCODERS, "family": FAMILIES
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
             if isinstance(value, str) and value not in known:
                 raise ValueError(f"Amortized: {name} must be one of {sorted(known)}, got {value!r}")
+        if self.guide is not None and (self.encoder, self.family, self.embed) != ("natural", "normal", None):
+            raise ValueError("Amortized: a guide of your own brings its own encoder, embed and family; give only guide=")
 
 
 class Checkpoint(Protocol):
@@ -115,10 +131,17 @@ def fit_amortized(
 def build_guides(density: TaskDensity, tasks: Tasks, options: Amortized) -> Guides:
     """Everything that training changes, as it is before the first step."""
     shared = SHARED[options.shared](*density.prior_scale())
-    task = options.guide if options.guide is not None else NaturalGuide(embed=options.embed)
+    task = options.guide if options.guide is not None else _guide(options)
     task.attach(density, tasks)
     values = {name: value.clone().requires_grad_() for name, value in density.learned.values.items()}
+    density.learned.values.update(values)  # a guide that follows the density must see them as they are trained
     return Guides(shared, task, values)
+
+
+def _guide(options: Amortized) -> TaskGuide:
+    natural = options.encoder == "natural"
+    guide = NaturalGuide(embed=options.embed) if natural else PooledGuide(encoder=options.encoder, embed=options.embed)
+    return FlowGuide(guide) if options.family == "flow" else guide
 
 
 def _contexts(density: TaskDensity, tasks: Tasks, guides: Guides, limit: int) -> Iterator[Context]:
@@ -161,7 +184,7 @@ class _Judge:
         density, guides, tasks = self._args
         guides.task.follow(*guides.shared.centre())
         with torch.no_grad():
-            drawn = correct_shared(density, guides, tasks, draws=CHECK_DRAWS)
+            drawn = correct_shared(density, guides, tasks, draws=CHECK_DRAWS, budget=CHECK_BUDGET)
         settled = bound - self._bound < SETTLED
         self._bound = bound
         good = drawn.status == "corrected" and drawn.ess >= GOOD_SHARE * reachable_ess(drawn.theta.shape[1])

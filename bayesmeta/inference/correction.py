@@ -23,8 +23,9 @@ PER_THETA = 8
 MAX_PER_THETA = 256
 MAX_VARIANCE = 0.3
 """Variance of Σ log p̂ above which more candidates are drawn."""
-MAX_EVALUATIONS = 16_000_000
-"""Bound on draws × tasks × candidates of one correction."""
+CHECK_BUDGET = 500_000
+FULL_BUDGET = 8_000_000
+"""Bounds on draws × tasks × candidates: of a look between two stages of training, and of the final correction."""
 PILOT_TASKS = 2000
 ADAPTED_WIDTH = 1.1
 MIN_DRAWS = 200
@@ -49,7 +50,9 @@ class SharedDraws:
     status: str
 
 
-def correct_shared(density: TaskDensity, guides: Guides, tasks: Tasks, *, draws: int) -> SharedDraws:
+def correct_shared(
+    density: TaskDensity, guides: Guides, tasks: Tasks, *, draws: int, budget: int = FULL_BUDGET
+) -> SharedDraws:
     """Weighs draws of θ by prior(θ) Π p̂(D_i | θ) / proposal(θ).
 
     The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first.
@@ -58,8 +61,9 @@ def correct_shared(density: TaskDensity, guides: Guides, tasks: Tasks, *, draws:
     if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared):
         status = "plug-in" if density.structure.shared_size else "sampled"
         return _equal(guides.shared.sample(draws), status, 0.0, 1.0)
-    per_theta, variance = _enough_candidates(density, guides, tasks)
-    affordable = int(MAX_EVALUATIONS / (len(tasks) * per_theta))
+    most = budget // (MIN_DRAWS * len(tasks))
+    per_theta, variance = _enough_candidates(density, guides, tasks, most)
+    affordable = budget // (len(tasks) * per_theta)
     if variance > 1 or affordable < MIN_DRAWS:
         return _equal(guides.shared.sample(draws), "uncorrected", math.inf, math.nan)
     first = guides.shared.sample(max(MIN_DRAWS, min(draws // 4, affordable)), wide=True)
@@ -113,8 +117,8 @@ def _log_target(density: TaskDensity, guides: Guides, tasks: Tasks, per_theta: i
     return evidence.sum(1, dtype=torch.float64) + density.log_prior(theta, guides.values)
 
 
-def _enough_candidates(density: TaskDensity, guides: Guides, tasks: Tasks) -> tuple[int, float]:
-    """The number of candidates that keeps the variance of Σ log p̂ small, and that variance."""
+def _enough_candidates(density: TaskDensity, guides: Guides, tasks: Tasks, most: int) -> tuple[int, float]:
+    """The number of candidates, at most `most`, that keeps the variance of Σ log p̂ small, and that variance."""
     pilot = tasks
     if len(tasks) > PILOT_TASKS:
         pilot = tasks[np.sort(torch.randperm(len(tasks))[:PILOT_TASKS].numpy())]
@@ -124,7 +128,7 @@ def _enough_candidates(density: TaskDensity, guides: Guides, tasks: Tasks) -> tu
     if not math.isfinite(variance):
         return PER_THETA, math.inf
     needed = PER_THETA * max(1.0, variance / MAX_VARIANCE)
-    per_theta = min(MAX_PER_THETA, 2 ** math.ceil(math.log2(needed)))
+    per_theta = max(PER_THETA, min(MAX_PER_THETA, most, 2 ** math.ceil(math.log2(needed))))
     return per_theta, variance * PER_THETA / per_theta
 
 
