@@ -17,7 +17,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.networks import MLP, RowInputs, Rows
 from bayesmeta.inference.gaussian import GaussianTasks
-from bayesmeta.inference.guides import ThetaStandardiser
+from bayesmeta.inference.loadings import ThetaStandardiser
 from bayesmeta.inference.protocols import Context, TaskGuide
 
 HEADS = 4

@@ -1,0 +1,79 @@
+"""A guide that takes gradient steps: from a learned start, with learned step sizes, on the task's own log joint.
+
+It is model-agnostic meta-learning (MAML) read as inference: the steps find the centre of q(φ | D, θ), a learned curvature
+conditions them and gives the spread. It has no encoder, so that it needs no features of rows and works for any x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_lower, solve_upper
+from bayesmeta.inference.loadings import Loadings, ThetaStandardiser
+from bayesmeta.inference.protocols import Context, TaskGuide
+
+LONGEST_STEP = 10.0
+"""No step moves a coordinate by more than so many prior standard deviations, so that none runs away."""
+
+
+class Gradient(TaskGuide):
+    """q(φ | D, θ) around the end of a few gradient steps in whitened coordinates.
+
+    With n rows, `P = I + n W(θ) W(θ)ᵀ`: `m ← m + r_k P⁻¹ ∇ log p(φ, D | θ)` from a learned start, then N(m, P⁻¹). The
+    start is multiplied by n/(n+1), so that a task without rows keeps its prior.
+
+    Args:
+        steps: Number of gradient steps.
+
+    References:
+        Finn, Abbeel, Levine: Model-Agnostic Meta-Learning, 2017, https://arxiv.org/abs/1703.03400
+        Park, Oliva: Meta-Curvature, 2019, https://arxiv.org/abs/1902.03356
+
+    Raises:
+        ValueError: If `steps` is not a whole number of at least 1.
+    """
+
+    def __init__(self, *, steps: int = 5) -> None:
+        super().__init__()
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"Gradient: steps must be a whole number of at least 1, got {steps!r}")
+        self.steps = steps
+
+    def attach(self, density: TaskDensity, tasks: Tasks) -> None:
+        """Builds the start, the step sizes and the curvature for the model's dimensions."""
+        dim, theta_dim = density.structure.task_size, density.structure.shared_size
+        self._density = density
+        self.theta = ThetaStandardiser(theta_dim)
+        self.curvature = Loadings(theta_dim, dim, dim, hidden=32, initial_sd=0.3)
+        self.start = nn.Parameter(torch.zeros(dim, dtype=density.dtype))
+        self.log_rate = nn.Parameter(torch.full((self.steps, dim), 0.5, dtype=density.dtype).log())
+
+    def follow(self, loc: Tensor, scale: Tensor) -> None:
+        """Standardises θ with q(θ)'s location and scale from now on."""
+        self.theta.follow(loc, scale)
+
+    def condition(self, theta: Tensor, context: Context) -> GaussianTasks:
+        """q(φ | D, θ) of every task for every θ."""
+        seen = context.batch.observed.flatten(2).any(-1) if context.batch.y.dim() > 2 else context.batch.observed
+        count = (seen & context.batch.mask).sum(-1).to(self.start.dtype)
+        weights = self.curvature(self.theta(theta)).to(self.start.dtype).unsqueeze(1)
+        precision = torch.eye(len(self.start), dtype=self.start.dtype) + count[:, None, None] * (weights @ weights.mT)
+        factor = cholesky(precision)
+        loc = (self.start * (count / (count + 1)).unsqueeze(-1)).expand(len(theta), -1, -1)
+        for rate in self.log_rate.exp():
+            move = rate * solve_upper(factor.mT, solve_lower(factor, self._gradient(theta, loc, context)))
+            loc = loc + LONGEST_STEP * torch.tanh(move / LONGEST_STEP)
+        return GaussianTasks(loc, factor)
+
+    def _gradient(self, theta: Tensor, loc: Tensor, context: Context) -> Tensor:
+        """The gradient of log p(φ, D | θ) at `(S, T, d)`; differentiable where gradients are recorded."""
+        recorded = torch.is_grad_enabled()
+        values = dict(self._density.learned.values)
+        with torch.enable_grad():
+            point = loc if loc.requires_grad else loc.detach().requires_grad_()
+            total = self._density.log_task.mapped(theta, point, context.data, values, in_dims=(0, 0, None, None)).sum()
+            (gradient,) = torch.autograd.grad(total, point, create_graph=recorded)
+        return gradient if recorded else gradient.detach()
