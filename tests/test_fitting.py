@@ -275,14 +275,6 @@ class Independent:
         return (self._t if heavy else self._normal).log_prob(noise)
 
 
-def test_the_users_own_guide_is_not_changed_by_a_fit(tasks: bm.Tasks) -> None:
-    guide = Mean()
-    method = options(20, guide=guide)
-    first = quick(centre, tasks, method=method)
-    assert float(guide.log_scale.detach()) == 0.0
-    assert np.array_equal(first.posterior(tasks)["a"], quick(centre, tasks, method=method).posterior(tasks)["a"])
-
-
 @pytest.mark.parametrize("data", [True, False])
 def test_a_loaded_fit_gives_the_same_draws_and_predictions(
     fit: bm.Fit, tasks: bm.Tasks, tmp_path: Path, data: bool
@@ -452,3 +444,23 @@ def test_the_bar_shows_bound_ess_and_time_left(tasks: bm.Tasks, capsys: pytest.C
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "elbo=" in shown.err and "ess=" in shown.err and "120" in shown.err and "<" in shown.err
+
+
+def test_a_guide_of_ones_own_stays_as_it_was_and_is_given_again_at_load(tasks: bm.Tasks, tmp_path: Path) -> None:
+    mine = Mean()
+    fit = quick(centre, tasks, method=options(20, guide=mine))
+    assert float(mine.log_scale.detach()) == 0.0 != float(fit._guides.task.log_scale.detach())
+    fit.save(tmp_path / "fit.bm")
+    with pytest.raises(ValueError, match=r"cannot be stored: guide=Mean; .*bm.Amortized\(guide=…\)"):
+        bm.load(tmp_path / "fit.bm", centre)
+    guide = Mean()
+    loaded = bm.load(tmp_path / "fit.bm", centre, method=options(20, guide=guide))
+    assert np.array_equal(loaded.posterior(tasks)["a"], fit.posterior(tasks)["a"])
+    assert float(guide.log_scale.detach()) == 0.0
+
+
+def test_single_precision_travels(tasks: bm.Tasks, tmp_path: Path) -> None:
+    fit = quick(centre, tasks, method=options(20), dtype=torch.float32)
+    fit.save(tmp_path / "fit.bm", data=False)
+    loaded = bm.load(tmp_path / "fit.bm", centre)
+    assert np.array_equal(loaded.posterior(tasks)["a"], fit.posterior(tasks)["a"])

@@ -77,10 +77,11 @@ def correct_shared(
 
 
 class _Adapted:
-    """A t(5) with the mean and covariance of weighted draws."""
+    """A t(5) with the mean and covariance of weighted draws, in float64 whatever the draws are."""
 
     def __init__(self, theta: Tensor, log_weight: Tensor) -> None:
-        weight = log_weight.softmax(0)
+        self._dtype = theta.dtype
+        weight, theta = log_weight.double().softmax(0), theta.double()
         self._mean = weight @ theta
         centred = theta - self._mean
         covariance = centred.mT @ (weight.unsqueeze(-1) * centred)
@@ -88,10 +89,10 @@ class _Adapted:
 
     def sample(self, count: int) -> Tensor:
         noise = torch.randn(count, len(self._mean), dtype=self._mean.dtype)
-        return self._mean + noise * heavy_scale((count, 1), noise) @ self._factor.mT
+        return (self._mean + noise * heavy_scale((count, 1), noise) @ self._factor.mT).to(self._dtype)
 
     def log_prob(self, theta: Tensor) -> Tensor:
-        white = torch.linalg.solve_triangular(self._factor, (theta - self._mean).mT, upper=False).mT
+        white = torch.linalg.solve_triangular(self._factor, (theta.double() - self._mean).mT, upper=False).mT
         log_det = -self._factor.diagonal().log().sum()
         return student_t_log_prob(white.square().sum(-1), log_det, theta.shape[1])
 
