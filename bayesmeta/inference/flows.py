@@ -7,7 +7,7 @@ identity and is the identity for a task without rows. The only file that knows z
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,28 +80,34 @@ class SplineLayer(nn.Module):
     def __init__(self, order: Tensor, context: int, *, bins: int, hidden: int) -> None:
         super().__init__()
         self._parts = (bins, bins, bins - 1)
+        self._order = order.argsort().tolist()
         sees = torch.cat([order[:, None] > order, torch.ones(len(order), context, dtype=torch.bool)], 1)
         sees = sees.repeat_interleave(sum(self._parts), 0)
-        self.net = import_zuko().nn.MaskedMLP(sees, [hidden, hidden], activation=nn.SiLU)
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        *body, last = import_zuko().nn.MaskedMLP(sees, [hidden, hidden], activation=nn.SiLU)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.body, self.last = nn.Sequential(*body), last
 
     def forward(self, x: Tensor, context: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
         """Maps `x (S, T, d)` for a context `(S, T, k)`; the identity where `gain (T, 1)` is 0. Also `log |det|`."""
-        bent, log_det = self._splines(x, context, gain).call_and_ladj(x)
+        raw = self.last(self.body(torch.cat([x, context], -1))).unflatten(-1, (x.shape[-1], -1))
+        bent, log_det = self._splines(raw * gain.unsqueeze(-1)).call_and_ladj(x)
         return bent, log_det.sum(-1)
 
     def backward(self, y: Tensor, context: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse, one coordinate after the other, and the log determinant of the *forward* map."""
-        x = torch.zeros_like(y)
-        for _ in range(y.shape[-1] - 1):
-            x = self._splines(x, context, gain).inv(y)
-        splines = self._splines(x, context, gain)
-        x = splines.inv(y)
-        return x, splines.call_and_ladj(x)[1].sum(-1)
+        columns = list(torch.zeros_like(y).unbind(-1))
+        total = y.new_zeros(y.shape[:-1])
+        weight = (self.last.mask * self.last.weight).unflatten(0, (y.shape[-1], -1))
+        bias = self.last.bias.unflatten(0, (y.shape[-1], -1))
+        for i in self._order:
+            hidden = self.body(torch.cat([torch.stack(columns, -1), context], -1))
+            spline = self._splines(nn.functional.linear(hidden, weight[i], bias[i]) * gain)
+            columns[i] = spline.inv(y[..., i])
+            total = total + spline.call_and_ladj(columns[i])[1]
+        return torch.stack(columns, -1), total
 
-    def _splines(self, x: Tensor, context: Tensor, gain: Tensor) -> Any:
-        raw = self.net(torch.cat([x, context], -1)).unflatten(-1, (x.shape[-1], -1)) * gain.unsqueeze(-1)
+    def _splines(self, raw: Tensor) -> Any:
         return import_zuko().transforms.MonotonicRQSTransform(*raw.split(self._parts, -1))
 
 
@@ -141,6 +147,7 @@ class FlowTasks:
     parameters: Mapping[str, Tensor]
     context: Tensor
     gain: Tensor
+    _kept: tuple[Tensor, int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def sample(self, *, heavy: bool = False) -> Tensor:
         """One reparametrised draw each, `(S, T, d)`; `heavy`: t(5) noise in place of normal noise."""
@@ -152,11 +159,22 @@ class FlowTasks:
 
     def log_prob(self, noise: Tensor, *, heavy: bool = False) -> Tensor:
         """Log density `(S, T)` of `(S, T, d)`."""
-        bent = ((noise - self.base.loc).unsqueeze(-2) @ self.base.factor).squeeze(-2)
-        white, log_det = self._bend(bent, inverse=True)
+        white, log_det = self._unbent(noise)
         log_det = self.base.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - log_det
         density = student_t_log_prob if heavy else normal_log_prob
         return density(white.square().sum(-1), log_det, noise.shape[-1])
+
+    def _unbent(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard noise and log determinant of a draw; the last one is kept, proposals ask twice about it."""
+        if torch.is_grad_enabled():
+            return self._inverse(noise)
+        if self._kept is None or self._kept[0] is not noise or self._kept[1] != noise._version:
+            self._kept = (noise, noise._version, *self._inverse(noise))
+        return self._kept[2:]
+
+    def _inverse(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        bent = ((noise - self.base.loc).unsqueeze(-2) @ self.base.factor).squeeze(-2)
+        return self._bend(bent, inverse=True)
 
     def _bend(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         context = self.context.expand(*x.shape[:-1], -1)
@@ -217,7 +235,8 @@ class FlowGuide(TaskGuide):
 
     def condition(self, theta: Tensor, context: Context) -> FlowTasks:
         """q(φ | D, θ) of every task for every θ."""
-        base = self.base.condition(theta, context)
+        found = self.base.condition(theta, context)
+        base = GaussianTasks(found.loc, found.factor)
         draws, tasks = base.loc.shape[:2]
         count = context.summary["count"].unsqueeze(-1).to(self._dtype)
         known = [
