@@ -169,7 +169,7 @@ def flat_labels(y: Any, target: Tasks) -> Tensor:
         y = np.asarray(y)
         if y.ndim not in (1 + dims, 2 + dims):
             raise ValueError(f"y: expected (M, *dy) or (task, M, *dy) with dy {target.schema.y_shape}, got {y.shape}")
-        y = [y] * len(target) if y.ndim == 1 + dims else [part[:n] for part, n in zip(y, target.sizes, strict=True)]
+        y = [y] * len(target) if y.ndim == 1 + dims else _real_rows(y, target.sizes)
     parts = [np.asarray(part) for part in y]
     if len(parts) != len(target):
         raise ValueError(f"y: expected {len(target)} arrays, one a task, got {len(parts)}")
@@ -179,6 +179,11 @@ def flat_labels(y: Any, target: Tasks) -> Tensor:
         if not np.isfinite(part.astype(float)).all():
             raise ValueError(f"y of task {name!r} has values that are not finite; score only observed rows")
     return torch.as_tensor(np.concatenate(parts)).to(target.y.dtype)
+
+
+def _real_rows(y: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """The rows that tasks have of padded outcomes `(task, M, *dy)`; those of a wrong number of tasks as they are."""
+    return [part[:n] for part, n in zip(y, sizes, strict=True)] if len(y) == len(sizes) else list(y)
 
 
 def _over_pairs(density: TaskDensity, tasks: Tasks, paired: Draws, function: Recorded, site: str) -> np.ndarray:
