@@ -9,7 +9,6 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -25,6 +24,7 @@ from bayesmeta.inference.amortized import Amortized, fit_amortized
 from bayesmeta.inference.conditional import fit_conditional
 from bayesmeta.inference.ladder import TaskDraws, infer_empty, infer_known, infer_new, resample_theta
 from bayesmeta.inference.training import Optimizer
+from bayesmeta.results.arguments import check_arguments, check_choice, check_model, check_tasks, check_whole, numbers
 from bayesmeta.results.conditional import ConditionalFit, load_conditional
 from bayesmeta.results.fit_storage import FileCheckpoint, FitState, load_fit, save_fit
 from bayesmeta.results.posterior import Posterior, Shared
@@ -33,7 +33,6 @@ from bayesmeta.results.training_tasks import TrainingTasks
 
 METHODS = {"amortized": Amortized}
 REFINEMENTS = ("auto", "none")
-DTYPES = (torch.float64, torch.float32)
 Parts = list[tuple[np.ndarray, TaskDraws]]
 
 
@@ -91,7 +90,7 @@ def fit(
             what was expected and the cure.
     """
     options = _options(method)
-    _check_arguments(model, tasks, seed, device, dtype)
+    check_arguments(model, tasks, seed, device, dtype)
     if isinstance(model, ConditionalModel):
         _check_conditional(options, checkpoint)
         with seeded(seed):
@@ -128,7 +127,7 @@ def load(path: str | os.PathLike[str], model: Any, *, method: Amortized | None =
     Raises:
         ValueError: The file is missing, damaged or not a fit, or it belongs to another model or other options.
     """
-    _check_model(model)
+    check_model(model)
     if isinstance(model, ConditionalModel):
         return load_conditional(path, model)
     return Fit(load_fit(path, model, kinds=METHODS, options=copy.deepcopy(method)))
@@ -200,15 +199,15 @@ class Fit:
             ValueError: Unknown options, columns or levels, a training task with other data, or its replacement where
                 the fit was saved without the data.
         """
-        _check_choice("refine", refine, REFINEMENTS)
-        _check_choice("updated", updated, ("error", "replace"))
-        _check_whole("draws", draws, 1)
-        _check_whole("seed", seed, 0)
-        _check_tasks("posterior", tasks)
+        check_choice("refine", refine, REFINEMENTS)
+        check_choice("updated", updated, ("error", "replace"))
+        check_whole("draws", draws, 1)
+        check_whole("seed", seed, 0)
+        check_tasks("posterior", tasks)
         tasks = tasks.aligned(self._training.schema)
         with seeded(seed), torch.no_grad():
             if shared is not None:
-                theta = self._density.theta_of(_numbers(shared)).expand(draws, -1)
+                theta = self._density.theta_of(numbers(shared)).expand(draws, -1)
                 parts = self._new(tasks, np.arange(len(tasks)), theta, refine)
             else:
                 parts = self._parts(tasks, draws, refine, updated)
@@ -226,14 +225,14 @@ class Fit:
             like: Tasks whose task columns to use; needed where the model reads task columns.
             seed: Of the draws.
         """
-        _check_whole("draws", draws, 1)
-        _check_whole("seed", seed, 0)
+        check_whole("draws", draws, 1)
+        check_whole("seed", seed, 0)
         schema = self._training.schema
         if like is None and schema.task_columns:
             names = list(schema.task_columns)
             raise ValueError(f"the model has task columns {names}; say for which tasks with like=tasks")
         if like is not None:
-            _check_tasks("like", like)
+            check_tasks("like", like)
         chosen = self._training.table.copies([0], names=["new task"]) if like is None else like.aligned(schema)
         empty, _ = chosen.context_target(context=0, seed=0)
         with seeded(seed), torch.no_grad():
@@ -299,14 +298,14 @@ def simulate(model: Model, *, like: Tasks, n: int | None = None, seed: int = 0) 
     Returns:
         Tasks with simulated labels, and the true value of every site (`(*event)` shared, `(task, *event)` per task).
     """
-    _check_model(model)
+    check_model(model)
     if isinstance(model, ConditionalModel):
         raise ValueError(
             "a ConditionalModel has no prior to simulate from; write a Pyro function of a batch or a HierarchicalModel"
         )
-    _check_tasks("like", like)
-    _check_whole("n", len(like) if n is None else n, 1)
-    _check_whole("seed", seed, 0)
+    check_tasks("like", like)
+    check_whole("n", len(like) if n is None else n, 1)
+    check_whole("seed", seed, 0)
     count = len(like) if n is None else int(n)
     copies = like.copies(np.arange(count) % len(like), names=[f"simulated {i + 1}" for i in range(count)])
     with seeded(seed):
@@ -328,7 +327,7 @@ def simulate(model: Model, *, like: Tasks, n: int | None = None, seed: int = 0) 
 
 def _options(method: str | Amortized) -> Amortized:
     if isinstance(method, str):
-        _check_choice("method", method, tuple(METHODS))
+        check_choice("method", method, tuple(METHODS))
         return METHODS[method]()
     if not isinstance(method, tuple(METHODS.values())):
         raise ValueError(
@@ -342,57 +341,6 @@ def _check_conditional(options: Amortized, checkpoint: Any) -> None:
         raise ValueError(
             "a ConditionalModel has no task parameters to infer: expected method=bm.Amortized(optimizer=…) without "
             "further options and no checkpoint; its objective and context sizes are those of bm.ConditionalModel"
-        )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
-
-
-def _numbers(shared: Any) -> dict[str, np.ndarray]:
-    """Given values of shared sites as arrays."""
-    if not isinstance(shared, Mapping):
-        raise ValueError(f"shared: expected {{site: value}}, got {type(shared).__name__}")
-    found = {}
-    for name, value in shared.items():
-        try:
-            found[name] = np.array(value, dtype=float)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"shared: {name!r} must be numbers in the shape of the site, got {value!r}") from error
-    return found
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _check_tasks(name: str, tasks: Any) -> None:
-    if not isinstance(tasks, Tasks):
-        raise ValueError(
-            f"{name}: expected Tasks, got {type(tasks).__name__}; make them with bm.Tasks.from_dataframe or "
-            "bm.Tasks.from_arrays"
-        )
-
-
-def _check_model(model: Any) -> None:
-    if not callable(model):
-        raise ValueError(f"model: expected a Pyro function of a batch or a HierarchicalModel, got {model!r}")
-
-
-def _check_arguments(model: Any, tasks: Any, seed: Any, device: str, dtype: torch.dtype) -> None:
-    _check_model(model)
-    _check_tasks("fit", tasks)
-    _check_whole("seed", seed, 0)
-    if device != "cpu":
-        raise ValueError(f"device must be 'cpu', got {device!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype!r}")
-    if len(tasks) < 2:
-        raise ValueError(
-            f"fit needs at least two tasks to learn what they share, got {len(tasks)}; with one task, fix the shared "
-            "parameters in the model and use fit on simulated tasks, or use Pyro itself"
         )
 
 
