@@ -48,6 +48,22 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
+def ratio_and_error(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
+    """Sum over tasks divided by sum over tasks, and its standard error with tasks as clusters.
+
+    Args:
+        numerator: `(task,)`, such as the rows of each task that are inside their interval.
+        denominator: `(task,)`, such as the rows of each task.
+    """
+    numerator, denominator = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
+    total = float(denominator.sum())
+    if total == 0:
+        return math.nan, math.nan
+    value = float(numerator.sum()) / total
+    error = mean_and_error(numerator - value * denominator)[1] * len(denominator) / total
+    return value, error
+
+
 def squared_error(mean: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Mean squared error of each task `(task,)` from predictive means and outcomes `(task, M)`."""
     return per_task(np.square(np.asarray(mean) - np.asarray(y)))

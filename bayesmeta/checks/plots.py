@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayesmeta.checks.metrics import coverage, mean_and_error
 from bayesmeta.checks.sharing import SCHEMES, Comparison
 from bayesmeta.results.posterior import Posterior, Shared
 
@@ -161,10 +160,10 @@ def calibration(comparison: Comparison, *, rows: str = "rows given") -> Figure:
     present = [scheme for scheme in SCHEMES if any(scheme == s for s, _ in comparison.held_out)]
     for offset, scheme in enumerate(present):
         pit = [part.pit for (s, _), parts in comparison.held_out.items() if s == scheme for part in parts]
-        shares = [float(np.mean([_inside(values, level) for values in pit])) for level in LEVELS]
+        shares = [_inside(pit, level) for level in LEVELS]
         style: dict[str, Any] = {"color": COLOURS[scheme], "marker": MARKERS[scheme], "markersize": 5}
         left.plot(LEVELS, shares, label=scheme, **style)
-        scores = np.array([comparison.score(scheme, context, "coverage") for context in comparison.contexts])
+        scores = np.array([comparison.score(scheme, context, "coverage of rows") for context in comparison.contexts])
         position = np.arange(len(scores)) + 0.12 * (offset - 1)
         right.errorbar(position, scores[:, 0], scores[:, 1], linestyle="none", capsize=3, **style)
     right.axhline(0.9, color="black", linewidth=0.8, linestyle="--")
@@ -254,9 +253,10 @@ def _joint(axis: Any, draws: np.ndarray, means: np.ndarray | None, names: Sequen
     axis.set(xlabel=names[0], ylabel=names[1], xlim=limits[0], ylim=limits[1])
 
 
-def _inside(pit: np.ndarray, level: float) -> float:
-    """Mean over tasks of the share of rows within the central interval of a probability."""
-    return mean_and_error(coverage(np.full(pit.shape, (1 - level) / 2), np.full(pit.shape, (1 + level) / 2), pit))[0]
+def _inside(pits: list[np.ndarray], level: float) -> float:
+    """Share of all rows within the central interval of a probability."""
+    values = np.concatenate([pit[~np.isnan(pit)] for pit in pits])
+    return float((np.abs(values - 0.5) <= level / 2).mean())
 
 
 def _spread(sizes: np.ndarray) -> np.ndarray:

@@ -57,6 +57,7 @@ class HeldOut:
             "log score": metrics.per_task(self.log_prob),
             "squared error": metrics.squared_error(self.mean, self.y),
             "coverage": metrics.coverage(self.lower, self.upper, self.y),
+            "rows": (~np.isnan(self.y)).sum(-1).astype(float),
             "crps": metrics.per_task(self.crps),
         }
 
@@ -106,7 +107,7 @@ class Comparison:
         Args:
             scheme: One of `SCHEMES`.
             context: Rows of context.
-            score: "log score", "squared error", "coverage" or "crps".
+            score: "log score", "squared error", "coverage", "crps" or "rows", how many were scored.
 
         Raises:
             ValueError: There is no such comparison or score.
@@ -123,9 +124,18 @@ class Comparison:
         return {name: float(np.mean(values)) for name, values in found.items() if not np.isnan(values).any()}
 
     def score(self, scheme: str, context: int, score: str) -> tuple[float, float]:
-        """Mean over tasks and its standard error; "rmse" is the root of the mean squared error."""
+        """Mean over tasks and its standard error.
+
+        "rmse" is the root of the mean squared error; "coverage of rows" the share of all rows within their intervals,
+        every row counting the same, where "coverage" lets every task count the same.
+        """
         if score == "rmse":
             return metrics.root(np.array(list(self.tasks(scheme, context, "squared error").values())))
+        if score == "coverage of rows":
+            rows = self.tasks(scheme, context, "rows")
+            shares = self.tasks(scheme, context, "coverage")
+            count = np.array([rows[name] for name in shares])
+            return metrics.ratio_and_error(np.array(list(shares.values())) * count, count)
         return metrics.mean_and_error(np.array(list(self.tasks(scheme, context, score).values())))
 
     def gain(self, over: str, context: int) -> tuple[float, float]:
@@ -147,12 +157,12 @@ class Comparison:
         return {name: _verdict(np.array(values)) for name, values in rows.items()}
 
     def table(self) -> str:
-        """Mean held-out log score, RMSE and coverage of 90 % intervals, one line a scheme and context size."""
+        """Mean held-out log score and RMSE, and the share of rows in 90 % intervals, a line a scheme and context."""
         lines = [f"{'rows given':>10}  {'scheme':<17} {'log score':>17} {'RMSE':>16} {'90 % coverage':>16}"]
         for context in self.contexts:
             for scheme in SCHEMES:
                 cells = [_cell(*self.score(scheme, context, s)) for s in ("log score", "rmse")]
-                share, error = self.score(scheme, context, "coverage")
+                share, error = self.score(scheme, context, "coverage of rows")
                 cells.append(f"{100 * share:.1f} ± {100 * error:.1f} %")
                 lines.append(f"{context:>10}  {scheme:<17} {cells[0]:>17} {cells[1]:>16} {cells[2]:>16}")
         return "\n".join(lines)

@@ -36,6 +36,17 @@ def test_rmse_and_its_error_by_the_delta_method() -> None:
     assert metrics.rmse(np.array([[1.0]]), np.array([[1.0]]))[0] == 0.0
 
 
+def test_ratio_with_tasks_as_clusters() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.integers(1, 30, 300)
+    inside = generator.binomial(rows, generator.beta(9, 1, 300))
+    value, error = metrics.ratio_and_error(inside, rows)
+    assert value == inside.sum() / rows.sum()
+    picks = generator.integers(0, 300, (4000, 300))
+    assert error == pytest.approx((inside[picks].sum(1) / rows[picks].sum(1)).std(), rel=0.1)
+    assert math.isnan(metrics.ratio_and_error(np.zeros(0), np.zeros(0))[0])
+
+
 def test_coverage_counts_rows_within_the_interval() -> None:
     y = np.array([[0.0, 1.0, 2.0], [5.0, NAN, NAN]])
     np.testing.assert_allclose(metrics.coverage(np.full((2, 3), 0.5), np.full((2, 3), 2.0), y), [2 / 3, 0.0])

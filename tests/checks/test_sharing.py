@@ -59,6 +59,15 @@ def test_scores_are_averaged_over_rows_then_splits_then_tasks() -> None:
     assert (mean, error) == (-2.0, 0.0)
     assert both.score("learned prior", 1, "rmse")[0] == 1.0
     assert both.score("learned prior", 1, "coverage")[0] == 1.0
+    assert both.tasks("learned prior", 1, "rows") == {"a": 2.0, "b": 1.0, "c": 0.0}
+
+
+def test_coverage_of_rows_counts_every_row_the_same() -> None:
+    one = part("ab", [[-1.0, -1.0, -1.0], [-1.0, NAN, NAN]])
+    one.lower[1] = 0.5
+    both = Comparison({("learned prior", 0): [one]})
+    assert both.score("learned prior", 0, "coverage")[0] == 0.5
+    assert both.score("learned prior", 0, "coverage of rows")[0] == 0.75
 
 
 def test_gain_is_paired_by_task() -> None:
