@@ -6,6 +6,7 @@ multilayer perceptron. What an encoder makes of them lives in `inference/guides.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class RowInputs(nn.Module):
 
     def __init__(self, tasks: Tasks, *, embed: nn.Module | None = None) -> None:
         super().__init__()
-        self.embed = embed
+        self.embed = copy.deepcopy(embed)
         schema = tasks.schema
         self._missing = schema.missing
         self._x_levels = [(i, name) for i, name in enumerate(schema.x) if name in schema.levels]

@@ -61,6 +61,7 @@ def correct_shared(
     if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared):
         status = "plug-in" if density.structure.shared_size else "sampled"
         return _equal(guides.shared.sample(draws), status, 0.0, 1.0)
+    budget = int(budget / guides.task.cost)
     most = budget // (MIN_DRAWS * len(tasks))
     per_theta, variance = _enough_candidates(density, guides, tasks, most)
     affordable = budget // (len(tasks) * per_theta)

@@ -196,6 +196,8 @@ class FlowGuide(TaskGuide):
         ValueError: zuko is not installed, or the base is another guide.
     """
 
+    cost = 16.0
+
     def __init__(
         self,
         base: NaturalGuide | PooledGuide | None = None,

@@ -54,6 +54,9 @@ class TaskGuide(nn.Module, ABC):
     Subclasses implement `condition`; `attach` is called once by `fit`, `prepare` once a batch.
     """
 
+    cost: float = 1.0
+    """Of one draw with its density, relative to the default guide; the correction of θ draws so many times less."""
+
     def attach(self, density: TaskDensity, tasks: Tasks) -> None:
         """Meets the model and the training tasks; builds what depends on them. Default: keeps nothing."""
 

@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.results.arviz_export import to_arviz as export
-from bayesmeta.results.prediction import log_rows, predict
-
-if TYPE_CHECKING:
-    from bayesmeta.results.posterior import Posterior
+from bayesmeta.results.prediction import Draws, log_rows, predict
 
 LEVELS = (0.05, 0.5, 0.95)
 
 
-def summary(posterior: Posterior) -> Any:
+class Results(Protocol):
+    """What a table or an export needs to know of a posterior (`results/posterior.py`)."""
+
+    density: TaskDensity
+    tasks: Tasks
+    seed: int
+    joint: bool
+    names: tuple[str, ...]
+    khat: np.ndarray
+    ess: np.ndarray
+    method: np.ndarray
+    flag: np.ndarray
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Task sites."""
+
+    @property
+    def shared(self) -> dict[str, np.ndarray]:
+        """Draws of θ paired with the task draws."""
+
+    def mean(self, name: str) -> np.ndarray:
+        """Posterior means."""
+
+    def sd(self, name: str) -> np.ndarray:
+        """Posterior standard deviations."""
+
+    def quantile(self, name: str, q: float | Sequence[float]) -> np.ndarray:
+        """Posterior quantiles."""
+
+    def draws(self, name: str) -> np.ndarray:
+        """Draws."""
+
+    def paired(self) -> Draws:
+        """Draws in flat coordinates."""
+
+
+def summary(posterior: Results) -> Any:
     """One line a task and scalar parameter, with the task's diagnostics: a pandas DataFrame."""
     import pandas
 
@@ -36,7 +73,7 @@ def summary(posterior: Posterior) -> Any:
     return table
 
 
-def to_arviz(posterior: Posterior) -> Any:
+def to_arviz(posterior: Results) -> Any:
     """Groups posterior, posterior_predictive, log_likelihood, observed_data, constant_data and sample_stats."""
     density, tasks = posterior.density, posterior.tasks
     task = [density.schema.task]
@@ -63,7 +100,7 @@ def to_arviz(posterior: Posterior) -> Any:
     return export(groups, dims=dims, coords={task[0]: list(tasks.names)}, attrs={"draws": remark})
 
 
-def _data_groups(posterior: Posterior, dims: dict[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
+def _data_groups(posterior: Results, dims: dict[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
     """What concerns rows: predictions, log likelihood and data, with NaN where a task has fewer rows."""
     density, tasks = posterior.density, posterior.tasks
     paired = posterior.paired()
