@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.chunks import task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_lower, solve_upper
 from bayesmeta.inference.loadings import Loadings, ThetaStandardiser
 from bayesmeta.inference.protocols import Context, TaskGuide
 
-LONGEST_STEP = 10.0
+LONGEST_STEP = 30.0
 """No step moves a coordinate by more than so many prior standard deviations, so that none runs away."""
+
+PROBED = 64
+"""The first guess of the curvature looks at so many tasks."""
+SMALLEST = 1e-2
+"""Least curvature of a row in the first guess, in units of the prior's."""
 
 
 class Gradient(TaskGuide):
@@ -48,6 +54,8 @@ class Gradient(TaskGuide):
         self._density = density
         self.theta = ThetaStandardiser(theta_dim)
         self.curvature = Loadings(theta_dim, dim, dim, hidden=32, initial_sd=0.3)
+        with torch.no_grad():
+            self.curvature.constant.copy_(_square_root(_curvature_of_a_row(density, tasks)))
         self.start = nn.Parameter(torch.zeros(dim, dtype=density.dtype))
         self.log_rate = nn.Parameter(torch.full((self.steps, dim), 0.5, dtype=density.dtype).log())
 
@@ -77,3 +85,27 @@ class Gradient(TaskGuide):
             total = self._density.log_task.mapped(theta, point, context.data, values, in_dims=(0, 0, None, None)).sum()
             (gradient,) = torch.autograd.grad(total, point, create_graph=recorded)
         return gradient if recorded else gradient.detach()
+
+
+def _curvature_of_a_row(density: TaskDensity, tasks: Tasks) -> Tensor:
+    """What a row adds to the curvature of a log joint, on average over some tasks at the prior's centre: `(d, d)`."""
+    theta, values = density.prior_scale()[0].unsqueeze(0), dict(density.learned.values)
+    dim, found = density.structure.task_size, []
+    for chunk in task_chunks(tasks[:PROBED], exact_size=density.structure.exact_size):
+        noise = torch.zeros(1, len(chunk.index), dim, dtype=density.dtype, requires_grad=True)
+        with torch.enable_grad():
+            data = density.tensors(chunk.batch)
+            total = density.log_task.mapped(theta, noise, data, values, in_dims=(0, 0, None, None)).sum()
+            (slope,) = torch.autograd.grad(total, noise, create_graph=True)
+            rows = [torch.autograd.grad(slope[..., k].sum(), noise, retain_graph=True)[0][0] for k in range(dim)]
+        hessian = torch.stack(rows, -1)
+        found.append((-hessian - torch.eye(dim, dtype=density.dtype)) / chunk.batch.n[:, None, None].clamp(min=1))
+    return torch.cat(found).mean(0)
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    """W with W Wᵀ near a symmetric matrix, of which small and negative eigenvalues are lifted."""
+    if not bool(torch.isfinite(matrix).all()):
+        return torch.eye(len(matrix), dtype=matrix.dtype)
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return vectors * values.clamp(min=SMALLEST).sqrt()

@@ -1,0 +1,92 @@
+"""The gradient-step guide: exact where its curvature can be, the prior without rows, and able to learn its start."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import bayesmeta as bm
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.gradient import LONGEST_STEP
+from bayesmeta.inference.protocols import Context
+
+SD = 0.5
+
+
+def mean_model(batch: bm.Batch) -> None:
+    with batch.tasks():
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        with batch.observations():
+            pyro.sample("y", dist.Normal(phi, SD), obs=batch.y)
+
+
+def tasks_of(sizes: list[int]) -> bm.Tasks:
+    rng = np.random.default_rng(0)
+    return bm.Tasks.from_arrays(None, [rng.normal() + SD * rng.normal(size=n) for n in sizes])
+
+
+def attached(tasks: bm.Tasks, steps: int) -> tuple[bm.guides.Gradient, TaskDensity, Context]:
+    density = TaskDensity(mean_model, tasks)
+    guide = bm.guides.Gradient(steps=steps)
+    guide.attach(density, tasks)
+    batch = tasks.batch(slice(None))
+    return guide, density, guide.prepare(batch, density.tensors(batch))
+
+
+def test_one_step_with_the_right_curvature_is_exact() -> None:
+    """The log joint of a normal mean is quadratic with curvature 1 + n/σ²: one Newton step ends at its mode."""
+    tasks = tasks_of([1, 3, 8])
+    guide, density, context = attached(tasks, 1)
+    with torch.no_grad():
+        guide.curvature.constant.fill_(1 / SD)
+        guide.log_rate.zero_()
+    n = torch.as_tensor(tasks.sizes, dtype=torch.float64)
+    total = torch.stack([task.y.sum() for task in tasks])
+    posterior = guide.condition(torch.zeros(2, 0, dtype=torch.float64), context)
+    exact = total / SD**2 / (1 + n / SD**2)
+    bent = LONGEST_STEP * torch.tanh(exact / LONGEST_STEP)
+    torch.testing.assert_close(posterior.loc[0, :, 0], bent, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(posterior.factor[0, :, 0, 0], (1 + n / SD**2).sqrt(), rtol=1e-6, atol=1e-9)
+
+
+def test_more_steps_come_closer_to_the_mode() -> None:
+    tasks = tasks_of([2, 5])
+    errors = []
+    for steps in (1, 3, 9):
+        guide, density, context = attached(tasks, steps)
+        with torch.no_grad():
+            guide.curvature.constant.fill_(1 / SD)
+            found = guide.condition(torch.zeros(1, 0, dtype=torch.float64), context).loc[0, :, 0]
+        exact = torch.stack([task.y.sum() / (SD**2 + len(task.y)) for task in tasks])
+        errors.append(float((found - exact).abs().max()))
+    assert errors[0] > 2 * errors[1] > 8 * errors[2]
+
+
+def test_a_task_without_rows_keeps_its_prior() -> None:
+    tasks = tasks_of([3, 0])
+    guide, _, context = attached(tasks, 2)
+    with torch.no_grad():
+        guide.start.fill_(0.7)
+    posterior = guide.condition(torch.zeros(1, 0, dtype=torch.float64), context)
+    assert float(posterior.loc[0, 1, 0].detach()) == 0.0 and float(posterior.factor[0, 1, 0, 0].detach()) == 1.0
+    assert float(posterior.loc[0, 0, 0].detach()) != 0.0
+
+
+def test_fitted_it_finds_the_posterior() -> None:
+    tasks = tasks_of([5] * 40)
+    options = bm.Amortized(guide=bm.guides.Gradient(steps=1), optimizer=bm.Optimizer(steps=800, lr=0.05))
+    fit = bm.fit(mean_model, tasks, method=options, progress=False)
+    posterior = fit.posterior(tasks, refine="none", draws=4000)
+    exact_sd = (1 + 5 / SD**2) ** -0.5
+    exact = np.array([float(task.y.sum()) for task in tasks]) / SD**2 * exact_sd**2
+    assert np.abs((posterior.mean("phi") - exact) / exact_sd).max() < 0.1
+    assert np.abs(posterior.sd("phi") / exact_sd - 1).max() < 0.1
+
+
+@pytest.mark.parametrize("steps", [0, 1.5, True])
+def test_steps_must_be_a_positive_whole_number(steps: object) -> None:
+    with pytest.raises(ValueError, match="Gradient: steps must be a whole number of at least 1"):
+        bm.guides.Gradient(steps=steps)  # type: ignore[arg-type]
