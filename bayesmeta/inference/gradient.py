@@ -1,7 +1,8 @@
 """A guide that takes gradient steps: from a learned start, with learned step sizes, on the task's own log joint.
 
-It is model-agnostic meta-learning (MAML) read as inference: the steps find the centre of q(φ | D, θ), a learned curvature
-conditions them and gives the spread. It has no encoder, so that it needs no features of rows and works for any x.
+It is model-agnostic meta-learning (MAML) read as inference: the steps find the centre of q(φ | D, θ), a learned
+curvature conditions them and gives the spread. It has no encoder, so that it needs no features of rows and works for
+any x.
 """
 
 from __future__ import annotations
