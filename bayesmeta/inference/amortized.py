@@ -20,6 +20,7 @@ from bayesmeta.inference.flows import FlowGuide
 from bayesmeta.inference.guides import NaturalGuide
 from bayesmeta.inference.objectives import OBJECTIVES, Guides, Objective, Step
 from bayesmeta.inference.pooled import PooledGuide
+from bayesmeta.inference.predictive import DEFAULT_CONTEXT, Predictive
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide
 from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
 from bayesmeta.inference.training import History, Optimizer, train
@@ -49,7 +50,9 @@ class Amortized:
 
     Args:
         shared: Posterior of θ: "normal" (full covariance), "lowrank" or "map" (a point).
-        objective: "elbo", "iw" or a function `(density, guides, step) -> (loss, info)`.
+        objective: "elbo", "iw", "predictive" (score held-out rows given a context) or a function
+            `(density, guides, step) -> (loss, info)`.
+        context: Smallest and largest context of the objective "predictive"; None: (0, 10).
         guide: A `TaskGuide`, or None for the default one.
         encoder: How rows are pooled: "natural" (the default guide, additive), "deepset", "attention", or a module
             `(rows (T, N, width), mask (T, N)) -> (T, k)`.
@@ -60,6 +63,7 @@ class Amortized:
 
     shared: str = "normal"
     objective: str | Objective = "elbo"
+    context: tuple[int, int] | None = None
     guide: TaskGuide | None = None
     encoder: str | nn.Module = "natural"
     embed: nn.Module | None = None
@@ -68,14 +72,19 @@ class Amortized:
 
     def __post_init__(self) -> None:
         choices: dict[str, Iterable[str]] = {
-            "shared": SHARED, "objective": OBJECTIVES, "encoder": ENCODERS, "family": FAMILIES
+            "shared": SHARED,
+            "objective": (*OBJECTIVES, "predictive"),
+            "encoder": ENCODERS,
+            "family": FAMILIES,
         }
         for name, known in choices.items():
             value = getattr(self, name)
             if isinstance(value, str) and value not in known:
                 raise ValueError(f"Amortized: {name} must be one of {sorted(known)}, got {value!r}")
+        if self.context is not None and self.objective != "predictive":
+            raise ValueError("Amortized: context= belongs to objective='predictive'; give both or leave it out")
         if self.guide is not None and (self.encoder, self.family, self.embed) != ("natural", "normal", None):
-            raise ValueError("Amortized: a guide of your own brings its own encoder, embed and family; give only guide=")
+            raise ValueError("Amortized: a guide of your own brings encoder, embed and family along; give only guide=")
 
 
 class Checkpoint(Protocol):
@@ -95,7 +104,7 @@ def fit_amortized(
     guides = build_guides(density, tasks, options)
     behind = History() if checkpoint is None else checkpoint.restore(guides)
     batches = _contexts(density, tasks, guides, options.optimizer.batch_tasks)
-    objective = OBJECTIVES[options.objective] if isinstance(options.objective, str) else options.objective
+    objective = _objective(options)
     draws = 1 if options.shared == "map" else 8
 
     def loss() -> Tensor:
@@ -126,6 +135,12 @@ def fit_amortized(
     density.learned.values.update(guides.values)
     with torch.no_grad():
         return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS), history
+
+
+def _objective(options: Amortized) -> Objective:
+    if options.objective == "predictive":
+        return Predictive(options.context or DEFAULT_CONTEXT)
+    return OBJECTIVES[options.objective] if isinstance(options.objective, str) else options.objective
 
 
 def build_guides(density: TaskDensity, tasks: Tasks, options: Amortized) -> Guides:
