@@ -41,6 +41,7 @@ class TaskDensity:
         structure: The sites.
         learned: Registered parameters (point estimates), modules and buffers.
         log_task: `(theta, noise (T, d), data, values) -> (T,)`, log p(φ_i, D_i | θ) in whitened coordinates.
+        log_joint: The same, and log p(θ) with its Jacobian: `((T,), ())`.
         log_parts: The same as two terms, log p(φ_i | θ) and log p(D_i | φ_i, θ).
         log_task_unconstrained: The same in plain unconstrained coordinates.
         constrain: `(theta, noise, data, values) -> {site: value}`; task sites `(T, *event)`.
@@ -62,6 +63,7 @@ class TaskDensity:
             self.structure = replace(self.structure, **probe(self._trial(tasks, 0.2), tasks, self.structure, dtype))
         self._probe_tensors = self.tensors(tasks.batch([0]))
         self.log_task = self._recorded(lambda trace, latents: trace.log_task())
+        self.log_joint = self._recorded(lambda trace, latents: (trace.log_task(), trace.shared_prior))
         self.log_task_unconstrained = self._recorded(lambda trace, latents: trace.log_task(), whitened=False)
         self.log_parts = self._recorded(lambda trace, latents: (trace.log_prior(), trace.log_likelihood()))
         self.constrain = self._recorded(lambda trace, latents: self._task_values(trace))

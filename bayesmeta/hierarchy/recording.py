@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -116,7 +117,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def signature(leaves: list[Any]) -> tuple[Any, ...]:
     """What a graph depends on besides values: shapes and dtypes."""
-    return tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
 def _trace(flat: TensorFunction, examples: list[Tensor]) -> torch.fx.GraphModule:
@@ -154,17 +155,43 @@ def _check_noise(single: TensorFunction, mapped: TensorFunction, count: int) -> 
         raise RuntimeError("the mapped graph would repeat random numbers from slice to slice")
 
 
-def _value_and_gradient(function: TensorFunction, targets: Sequence[int], *leaves: Tensor) -> tuple[Tensor, ...]:
-    at = [leaf.detach().requires_grad_() if i in targets else leaf for i, leaf in enumerate(leaves)]
+def _flatten(args: Sequence[Any]) -> tuple[list[Any], Any]:
+    """The leaves of `args` and its structure: quickly for tensors and flat dictionaries, as `pytree` otherwise."""
+    leaves: list[Any] = []
+    keys: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            leaves.append(arg)
+            keys.append(None)
+        elif type(arg) is dict and all(isinstance(leaf, Tensor) for leaf in arg.values()):
+            leaves.extend(arg.values())
+            keys.append(tuple(arg))
+        else:
+            return pytree.tree_flatten(tuple(args))
+    return leaves, tuple(keys)
+
+
+def _refill(arg: Any, found: Iterator[Tensor]) -> Any:
+    if isinstance(arg, Tensor):
+        return next(found)
+    return pytree.tree_map(lambda _: next(found), arg)
+
+
+def _value_and_gradient(
+    function: TensorFunction, targets: Sequence[int], weights: Sequence[float], *leaves: Tensor
+) -> tuple[Any, tuple[Tensor, ...]]:
+    at = [leaf.detach().requires_grad_(i in targets) for i, leaf in enumerate(leaves)]
     with torch.enable_grad():
         value = function(*at)
-        gradients = torch.autograd.grad(value.sum(), [at[i] for i in targets], materialize_grads=True)
-    return value.detach(), *gradients
+        terms = [weight * out.sum() for weight, out in zip(weights, pytree.tree_leaves(value), strict=True)]
+        total = functools.reduce(operator.add, terms)
+        gradients = torch.autograd.grad(total, [at[i] for i in targets], materialize_grads=True)
+    return pytree.tree_map(torch.detach, value), gradients
 
 
 def _record_gradient(both: TensorFunction, leaves: Sequence[Tensor]) -> TensorFunction:
     try:
-        return simplify(make_fx(both)(*[leaf.detach() for leaf in leaves]))
+        return simplify(make_fx(both)(*leaves))
     except (RuntimeError, NotImplementedError) as error:
         logger.info("the gradient of a graph could not be recorded, autograd computes it: %s", error)
         return both
@@ -175,7 +202,7 @@ def _compile(graph: TensorFunction, leaves: Sequence[Tensor]) -> TensorFunction:
         with _LOCK:
             compiled = torch.compile(graph, fullgraph=True, dynamic=False)
             with torch.no_grad():
-                compiled(*[leaf.detach() for leaf in leaves])
+                compiled(*leaves)
             return compiled
     except (RuntimeError, OSError) as error:
         logger.info("a graph runs uncompiled, the compiler failed: %s", error)
@@ -213,14 +240,14 @@ class Recorded:
 
     def __call__(self, *args: Any) -> Any:
         """Calls the graph recorded for these shapes, recording it first if needed."""
-        return self.graph(*args)(*pytree.tree_leaves(args))
+        return self.graph(*args)(*_flatten(args)[0])
 
     def graph(self, *args: Any) -> TensorFunction:
         """The graph for the shapes of `args`, a function of their flat leaves."""
-        leaves, spec = pytree.tree_flatten(args)
-        key = (signature(leaves), spec)
+        leaves, keys = _flatten(args)
+        key = (signature(leaves), keys)
         if key not in self._graphs:
-            self._graphs[key] = self._record(key, leaves, spec)
+            self._graphs[key] = self._record(key, *pytree.tree_flatten(args))
         return self._graphs[key]
 
     def eager(self, *args: Any) -> Any:
@@ -233,46 +260,61 @@ class Recorded:
 
         The graph is recorded for one slice and mapped; where that fails the slices are run one by one.
         """
-        return self.mapped_graph(*args, in_dims=in_dims)(*pytree.tree_leaves(args))
+        return self.mapped_graph(*args, in_dims=in_dims)(*_flatten(args)[0])
 
     def mapped_graph(self, *args: Any, in_dims: Any) -> TensorFunction:
         """The graph that `mapped` calls, a function of the flat leaves of `args`."""
-        leaves, _ = pytree.tree_flatten(args)
-        dims = tuple(d for a, d in zip(args, in_dims, strict=True) for _ in pytree.tree_leaves(a))
-        key = (signature(leaves), dims)
+        leaves, spec = _flatten(args)
+        key = (signature(leaves), spec, tuple(in_dims))
         if key not in self._mapped:
+            dims = tuple(d for a, d in zip(args, in_dims, strict=True) for _ in pytree.tree_leaves(a))
             one = [a if d is None else pytree.tree_map(lambda t: t[0], a) for a, d in zip(args, in_dims, strict=True)]
             self._mapped[key] = self._map(key, self.graph(*one), leaves, dims)
         return self._mapped[key]
 
     def gradient(
-        self, *args: Any, wrt: Sequence[int] = (0, 1), in_dims: Any = None, compiled: bool = False
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The function's value, one tensor, and the gradient of its sum: forward and backward recorded as one graph.
+        self,
+        *args: Any,
+        wrt: Sequence[int] = (0, 1),
+        in_dims: Any = None,
+        weights: Sequence[float] = (1.0,),
+        compiled: bool = False,
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The function's value and the gradient of its sum: forward and backward recorded as one graph.
 
         Args:
             *args: The function's arguments.
             wrt: Which arguments to differentiate for; their pytrees must hold floating tensors only.
             in_dims: As in `mapped`; None does not map.
-            compiled: Compile the graph where there is a compiler.
+            weights: Of each output of the function in the sum.
+            compiled: Compile the graph; where that fails it runs as it is, with one line in the log.
 
         Returns:
             The value, and a tuple with the gradient of each argument in `wrt`.
         """
-        leaves, _ = pytree.tree_flatten(args)
-        dims = None if in_dims is None else tuple(in_dims)
-        key = (signature(leaves), dims, tuple(wrt), compiled)
+        leaves, spec = _flatten(args)
+        key = (signature(leaves), spec, in_dims, tuple(wrt), tuple(weights), compiled)
         if key not in self._gradients:
-            call = self.mapped_graph(*args, in_dims=in_dims) if in_dims is not None else self.graph(*args)
-            places = [(i, leaf) for i, a in enumerate(args) for leaf in pytree.tree_leaves(a)]
-            targets = [j for i in wrt for j, (owner, _) in enumerate(places) if owner == i]
-            both = functools.partial(_value_and_gradient, call, targets)
-            joint = _record_gradient(both, leaves) if isinstance(call, torch.fx.GraphModule) else both
-            self._gradients[key] = _compile(joint, leaves) if compiled else joint
+            self._gradients[key] = self._differentiate(args, wrt, in_dims, weights, compiled)
         with torch.no_grad():
-            value, *flat = self._gradients[key](*[leaf.detach() for leaf in leaves])
-        flat.reverse()
-        return value, tuple(pytree.tree_map(lambda _: flat.pop(), args[i]) for i in wrt)
+            value, gradients = self._gradients[key](*leaves)
+        found = iter(gradients)
+        return value, tuple(_refill(args[i], found) for i in wrt)
+
+    def _differentiate(
+        self, args: Any, wrt: Sequence[int], in_dims: Any, weights: Sequence[float], compiled: bool
+    ) -> TensorFunction:
+        call = self.graph(*args) if in_dims is None else self.mapped_graph(*args, in_dims=in_dims)
+        owners = [i for i, a in enumerate(args) for _ in pytree.tree_leaves(a)]
+        targets = [j for i in wrt for j, owner in enumerate(owners) if owner == i]
+        both = functools.partial(_value_and_gradient, call, targets, weights)
+        leaves = [leaf.detach() for leaf in pytree.tree_leaves(args)]
+        if not isinstance(call, torch.fx.GraphModule):
+            return both
+        joint = _record_gradient(both, leaves)
+        if compiled:
+            joint = _compile(joint, leaves)
+        return joint.forward if isinstance(joint, torch.fx.GraphModule) else joint
 
     def _map(self, key: Any, graph: TensorFunction, leaves: list[Tensor], dims: tuple[int | None, ...]) -> Any:
         """A graph over the leading dimension; where it cannot be recorded, a loop over its slices."""

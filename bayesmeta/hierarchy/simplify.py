@@ -27,7 +27,7 @@ _SHAPED = {
     aten.slice.Tensor,
     aten._to_copy.default,
 }
-"""Operations that change nothing where the result has the shape, strides and dtype of the input."""
+"""Operations that change nothing where the result has the shape and dtype of the input."""
 _UNDONE = {aten.squeeze.dims, aten.unsqueeze.default}
 """Views that can cancel each other."""
 _POINTWISE = {
@@ -54,6 +54,7 @@ _UNITS = {
     aten.div.Tensor: 1,
     aten.pow.Tensor_Scalar: 1,
 }
+_SIGN = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
 _FILLED = {
     aten.zeros_like.default,
     aten.ones_like.default,
@@ -63,6 +64,38 @@ _FILLED = {
     aten.new_full.default,
 }
 """Their values depend on no input, only their shapes do, and those are fixed in a graph."""
+_CALLED: dict[Any, Any] = {
+    aten.view.default: torch.reshape,
+    aten._unsafe_view.default: torch.reshape,
+    aten.mul.Tensor: torch.mul,
+    aten.mul.Scalar: torch.mul,
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.div.Tensor: torch.div,
+    aten.neg.default: torch.neg,
+    aten.exp.default: torch.exp,
+    aten.log.default: torch.log,
+    aten.reciprocal.default: torch.reciprocal,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.sum.dim_IntList: torch.sum,
+    aten.sum.default: torch.sum,
+    aten.where.self: torch.where,
+    aten.expand.default: Tensor.expand,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.squeeze.dim: torch.squeeze,
+    aten.squeeze.dims: torch.squeeze,
+    aten.select.int: torch.select,
+    aten.split_with_sizes.default: torch.split_with_sizes,
+    aten.bitwise_and.Tensor: torch.bitwise_and,
+    aten.ge.Scalar: torch.ge,
+    aten.cat.default: torch.cat,
+    aten.stack.default: torch.stack,
+    aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
+    aten.t.default: torch.t,
+    aten.permute.default: torch.permute,
+}
+"""The same by PyTorch's own Python bindings, which cost half as much a call. Views copy where the strides need it."""
 LARGEST_CONSTANT = 2**19
 """Bytes of the largest constant that is kept in a graph."""
 
@@ -75,15 +108,12 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
     if not any(_impure(node) for node in graph.graph.nodes):
         _fold_constants(graph)
         _describe(graph)
-        for step in (_same, _neutral, _single, _hoisted, _same, _hoisted, _same):
+        for step in (_same, _neutral, _single, _hoisted, _same, _hoisted, _signs, _chained, _same):
             _rewrite(graph, step)
         _merge(graph)
         for node in graph.graph.nodes:
-            if node.target in (
-                aten.view.default,
-                aten._unsafe_view.default,
-            ):  # the strides may now be others than those recorded
-                node.target = aten.reshape.default
+            called: Any = node.target
+            node.target = _CALLED.get(called, called)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -112,7 +142,7 @@ def _value(node: Any) -> Tensor | None:
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
@@ -163,34 +193,96 @@ def _is_number(graph: Any, argument: Any, number: float) -> bool:
 
 def _single(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Sums over dimensions of size one, and stacks and concatenations of one tensor, are views."""
-    value = _value(node)
-    if value is None or not node.args:
+    if _value(node) is None or not node.args:
         return None
     if node.target in (aten.stack.default, aten.cat.default):
-        parts: Any = node.args[0]
-        if len(parts) != 1 or node.target is aten.cat.default:
-            return parts[0] if len(parts) == 1 else None
-        return _call(graph, aten.unsqueeze.default, (parts[0], *node.args[1:]) if node.args[1:] else (parts[0], 0))
-    source = _value(node.args[0])
-    if node.target is not aten.sum.dim_IntList or source is None or source.dtype != value.dtype:
+        return _lone_part(graph, node)
+    return _sum_of_one(graph, node) if node.target is aten.sum.dim_IntList else None
+
+
+def _lone_part(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    parts: Any = node.args[0]
+    if len(parts) != 1:
         return None
+    if node.target is aten.cat.default:
+        return parts[0]  # type: ignore[no-any-return]
+    return _call(graph, aten.unsqueeze.default, (parts[0], *(node.args[1:] or (0,))))
+
+
+def _sum_of_one(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    source: Any = node.args[0]
     dims: Any = node.args[1]
-    if not dims or any(source.shape[d] != 1 for d in dims):
+    shape = _shape(source)
+    if source.meta["val"].dtype != node.meta["val"].dtype or not dims or any(shape[d] != 1 for d in dims):
         return None
-    return node.args[0] if len(node.args) > 2 else _call(graph, aten.squeeze.dims, (node.args[0], dims))  # type: ignore[return-value]
+    kept = len(node.args) > 2
+    return source if kept else _call(graph, aten.squeeze.dims, (source, dims))  # type: ignore[no-any-return]
 
 
 def _hoisted(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Swaps f(expand(x)) for expand(f(x)), and a / expand(b) for a · expand(1 / b)."""
     if node.target is aten.div.Tensor and _expanded(node.args[1]):
         return _times_reciprocal(graph, node)
-    unary = node.target in _POINTWISE
-    number = node.target in _WITH_NUMBER and len(node.args) > 1 and isinstance(node.args[1], (int, float))
-    if not (unary or number) or not node.args or not _expanded(node.args[0]):
+    if not _pointwise(node) or not _expanded(node.args[0]):
         return None
     expanded: Any = node.args[0]
     small = _call(graph, node.target, (expanded.args[0], *node.args[1:]), node.kwargs)
     return _call(graph, aten.expand.default, (small, list(_shape(node))))
+
+
+def _pointwise(node: fx.Node) -> bool:
+    """Says whether each number of the result depends on one number of the first argument and on nothing else."""
+    if node.target in _WITH_NUMBER:
+        return len(node.args) > 1 and isinstance(node.args[1], (int, float))
+    return node.target in _POINTWISE and bool(node.args)
+
+
+def _chained(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Sums up the numbers in x ± a ± b, and drops the logarithm of an exponential."""
+    before: Any = node.args[0] if node.args else None
+    if not isinstance(before, fx.Node) or node.kwargs or before.kwargs:
+        return None
+    if node.target is aten.log.default:
+        return before.args[0] if before.target is aten.exp.default else None  # type: ignore[return-value]
+    if node.target not in _SIGN or before.target not in _SIGN:
+        return None
+    second, first = (_number(graph.owning_module, n.args[1]) for n in (node, before))
+    if first is None or second is None or not _alike(_value(node), _value(before.args[0])):
+        return None
+    total = _SIGN[before.target] * first + _SIGN[node.target] * second
+    return _call(graph, aten.add.Tensor, (before.args[0], total))
+
+
+def _number(graph: Any, argument: Any) -> float | None:
+    """A number, given as such or as a constant that is the same everywhere."""
+    if isinstance(argument, (int, float)):
+        return float(argument)
+    constant = _constant(graph, argument)
+    if constant is None or not constant.is_floating_point() or not bool((constant == constant.flatten()[0]).all()):
+        return None
+    return float(constant.flatten()[0])
+
+
+def _signs(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Signs move to the smaller tensor: Σ −x = −Σ x and −a · expand(b) = a · expand(−b)."""
+    arguments: Any = node.args
+    if node.target is aten.sum.dim_IntList and _negated(arguments[0]) is not None:
+        total = _call(graph, node.target, (_negated(arguments[0]), *arguments[1:]), node.kwargs)
+        return _call(graph, aten.neg.default, (total,))
+    if node.target is not aten.mul.Tensor:
+        return None
+    for first, second in (arguments, arguments[::-1]):
+        if _negated(first) is not None and _expanded(second):
+            small = _call(graph, aten.neg.default, (second.args[0],))
+            wide = _call(graph, aten.expand.default, (small, list(_shape(second))))
+            return _call(graph, aten.mul.Tensor, (_negated(first), wide))
+    return None
+
+
+def _negated(node: Any) -> fx.Node | None:
+    """What a node is the negative of."""
+    negative = isinstance(node, fx.Node) and node.target is aten.neg.default
+    return node.args[0] if negative else None  # type: ignore[return-value]
 
 
 def _times_reciprocal(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -223,27 +315,35 @@ def _call(graph: fx.Graph, target: Any, args: Any, kwargs: Any = None) -> fx.Nod
 
 
 def _fold_constants(graph: fx.GraphModule) -> None:
-    """Computes once what depends on no input."""
-    known: dict[fx.Node, Any] = {}
-    for node in list(graph.graph.nodes):
-        if node.op == "get_attr":
-            constant = getattr(graph, str(node.target))
-            if not isinstance(constant, nn.Parameter):
-                known[node] = constant
-        elif node.target in _FILLED and _value(node) is not None:
-            known[node] = _filled(node)
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    """Computes once what depends on no input, and keeps the small results that the rest of the graph uses."""
+    known = _independent(graph)
     for place, (node, value) in enumerate(known.items()):
         used = any(user not in known for user in node.users)
         if node.op != "get_attr" and used and isinstance(value, Tensor) and _stored(value) <= LARGEST_CONSTANT:
             name = f"_folded{place}"
-            graph.register_buffer(name, value.detach(), persistent=False)
+            setattr(graph, name, value.detach())
             with graph.graph.inserting_before(node):
-                folded = graph.graph.get_attr(name)
+                folded = graph.graph.create_node("get_attr", name)
             folded.meta = dict(node.meta)
             node.replace_all_uses_with(folded)
+
+
+def _independent(graph: fx.GraphModule) -> dict[fx.Node, Any]:
+    """The values of all nodes that depend on no input and no parameter."""
+    known = _constants(graph)
+    for node in graph.graph.nodes:
+        if node.target in _FILLED and _value(node) is not None:
+            known[node] = _filled(node)
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known
+
+
+def _constants(graph: fx.GraphModule) -> dict[fx.Node, Any]:
+    """The values that a graph holds; parameters may change, so they are none."""
+    held = {node: getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"}
+    return {node: value for node, value in held.items() if not isinstance(value, nn.Parameter)}
 
 
 def _stored(value: Tensor) -> int:

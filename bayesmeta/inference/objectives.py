@@ -5,6 +5,7 @@ The guide is the pair of a shared posterior and a task guide (`Guides`); the los
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,10 +63,11 @@ def elbo(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info
     theta = guides.shared.sample(step.draws)
     posterior = guides.task.condition(theta, step.context)
     noise = posterior.sample()
-    log_p, joint = _log_joint(density, guides, step, theta, noise)
-    scale = step.tasks / noise.shape[1]
-    value = joint - guides.shared.log_prob(theta).sum() - scale * _held(posterior, theta, noise)
-    return -value / (step.draws * step.tasks), {"log_p": log_p, "theta": theta, "noise": noise}
+    log_p, log_joint, gradients = _log_joint(density, guides, step, theta, noise)
+    log_q, held = _log_q(guides, posterior, theta, noise, step.tasks / noise.shape[1])
+    gradients = [a - b for a, b in itertools.zip_longest(gradients, held, fillvalue=0.0)]
+    bound = _Known.apply(log_joint - log_q, gradients, noise, theta, *guides.values.values())
+    return -bound / (step.draws * step.tasks), {"log_p": log_p, "theta": theta, "noise": noise}
 
 
 def importance_weighted(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info]:
@@ -100,34 +102,59 @@ class _Known(torch.autograd.Function):
         return None, None, *[gradient * outer[0] for gradient in ctx.gradients]
 
 
-def _log_joint(density: TaskDensity, guides: Guides, step: Step, theta: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The log densities log p(φ_i, D_i | θ) `(S, T)`, and Σ_s [log p(θ_s) + scale · Σ_i log p(φ_i, D_i | θ_s)]."""
-    everything = torch.arange(noise.shape[1])
-    pieces = step.pieces or [(everything, step.context.data)]
-    at, point = theta.detach(), noise.detach()
-    results = [
-        density.log_task.gradient(at, point[:, index], data, guides.values, wrt=(0, 1, 3), in_dims=BY_DRAW)
-        for index, data in pieces
-    ]
-    back = torch.cat([index for index, _ in pieces]).argsort()
-    log_p = torch.cat([value for value, _ in results], 1)[:, back]
-    by_noise = torch.cat([by_point for _, (_, by_point, _) in results], 1)[:, back]
-    others = [[by_theta, *by_values.values()] for _, (by_theta, _, by_values) in results]
+def _log_joint(
+    density: TaskDensity, guides: Guides, step: Step, theta: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The log densities log p(φ_i, D_i | θ) `(S, T)`, J = Σ_s [log p(θ_s) + scale · Σ_i log p(φ_i, D_i | θ_s)], ∇J.
+
+    The gradient is with respect to the noise, θ and the learned values.
+    """
     scale = step.tasks / noise.shape[1]
-    gradients = [scale * gradient for gradient in (by_noise, *map(sum, zip(*others, strict=True)))]
-    known = _Known.apply(scale * log_p.sum(dtype=torch.float64), gradients, noise, theta, *guides.values.values())
-    return log_p, known + density.log_prior(theta, guides.values).sum()
+    data = step.pieces[0][1] if step.pieces else step.context.data
+    point = noise.detach()[:, step.pieces[0][0]] if step.pieces else noise.detach()
+    (log_p, log_prior), (by_theta, by_noise, by_values) = density.log_joint.gradient(
+        theta, point, data, guides.values, wrt=(0, 1, 3), in_dims=BY_DRAW, weights=(scale, 1.0)
+    )
+    others = [by_theta, *by_values.values()]
+    if len(step.pieces) > 1:
+        log_p, by_noise, others = _more_pieces(density, guides, step, theta, noise, (log_p, by_noise, others))
+    total = scale * log_p.sum(dtype=torch.float64) + log_prior.sum(dtype=torch.float64)
+    return log_p, total, [by_noise, *others]
 
 
-def _held(posterior: TaskPosterior, theta: Tensor, noise: Tensor) -> Tensor:
-    """Σ log q(φ | D, θ) over draws and tasks as a function of φ and θ only, the parameters of q held fixed."""
-    if not torch.is_grad_enabled():
-        return posterior.log_prob(noise).sum(dtype=torch.float64)
+Parts = tuple[Tensor, Tensor, list[Tensor]]
+
+
+def _more_pieces(density: TaskDensity, guides: Guides, step: Step, theta: Tensor, noise: Tensor, first: Parts) -> Parts:
+    """Log densities, gradients for the noise and for the rest of all pieces, tasks in their own order."""
+    log_p, by_noise, others = [first[0]], [first[1]], first[2]
+    for index, data in step.pieces[1:]:
+        value, (by_theta, by_point, by_values) = density.log_task.gradient(
+            theta,
+            noise.detach()[:, index],
+            data,
+            guides.values,
+            wrt=(0, 1, 3),
+            in_dims=BY_DRAW,
+            weights=(step.tasks / noise.shape[1],),
+        )
+        log_p.append(value)
+        by_noise.append(by_point)
+        others = [a + b for a, b in zip(others, [by_theta, *by_values.values()], strict=True)]
+    back = torch.cat([index for index, _ in step.pieces]).argsort()
+    return torch.cat(log_p, 1)[:, back], torch.cat(by_noise, 1)[:, back], others
+
+
+def _log_q(
+    guides: Guides, posterior: TaskPosterior, theta: Tensor, noise: Tensor, scale: float
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """J = Σ_s [log q(θ_s) + scale · Σ_i log q(φ_i | D_i, θ_s)] and ∇J for noise and θ; q's parameters are fixed."""
     at = noise.detach().requires_grad_()
-    total = posterior.log_prob(at).sum(dtype=torch.float64)
+    with torch.enable_grad():
+        tasks = scale * posterior.log_prob(at).sum(dtype=torch.float64)
+        total = tasks + guides.shared.log_prob(theta).sum()
     inputs = [at, theta] if theta.requires_grad else [at]
-    gradients = torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True)
-    return _Known.apply(total.detach(), gradients, *[noise, theta][: len(inputs)])
+    return total.detach(), torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True)
 
 
 def frozen(guide: nn.Module, theta: Tensor, context: Context) -> TaskPosterior:

@@ -25,6 +25,9 @@ class NormalShared(SharedPosterior):
         scale: Prior scale `(d,)`, the unit of every parameter.
     """
 
+    origin: Tensor
+    unit: Tensor
+
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.register_buffer("origin", loc.clone())
@@ -58,11 +61,11 @@ class NormalShared(SharedPosterior):
     def log_prob(self, theta: Tensor, *, wide: bool = False) -> Tensor:
         """Log density `(S,)`, parameters held fixed."""
         factor = self.factor().detach() * (WIDE if wide else 1.0)
-        centred = ((theta - self.origin) / self.unit - self.mean.detach()).unsqueeze(-1)
-        white = torch.linalg.solve_triangular(factor, centred, upper=False).squeeze(-1)
-        log_det = -(factor.diagonal().log().sum() + self.unit.log().sum())
+        centred = (theta - self.origin) / self.unit - self.mean.detach()
+        white = torch.linalg.solve_triangular(factor, centred.mT, upper=False)
+        log_det = -(factor.diagonal() * self.unit).log().sum()
         density = student_t_log_prob if wide else normal_log_prob
-        return density(white.square().sum(-1), log_det, theta.shape[-1])
+        return density(white.square().sum(0), log_det, theta.shape[-1])
 
     def centre(self) -> tuple[Tensor, Tensor]:
         """Mean and marginal sd `(d,)`, detached."""
@@ -96,6 +99,9 @@ class LowRankShared(NormalShared):
 
 class PointShared(SharedPosterior):
     """A point estimate of θ, in prior-scaled coordinates."""
+
+    origin: Tensor
+    unit: Tensor
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__()
