@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,29 +96,62 @@ def _inputs(data: Ragged, schema: Schema, where: Where) -> Tensor:
     ).reshape(x.shape)
 
 
+@dataclass(frozen=True)
+class _Entries:
+    """What one row's input or label consists of.
+
+    Attributes:
+        names: Names of the entries.
+        shape: Shape of a row.
+        unnamed: Whether the names are those that array data get: they say where an entry stands, not what it is.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    unnamed: bool
+
+    @classmethod
+    def of(cls, schema: Schema, kind: str) -> _Entries:
+        """Reads the entries of "x" or "y"."""
+        names, shape = getattr(schema, kind), getattr(schema, f"{kind}_shape")
+        return cls(names, shape, schema.task == "task" and names == default_names(kind, shape))
+
+    @property
+    def separate(self) -> bool:
+        """Whether each name stands for one number of a row."""
+        return self.shape == (len(self.names),)
+
+    def hold(self, wanted: _Entries) -> bool:
+        """Says whether other entries can be chosen by name from these; a part of unnamed ones cannot."""
+        if self.unnamed and self.shape != wanted.shape:
+            return False
+        return self.separate and wanted.separate and set(wanted.names) <= set(self.names)
+
+
 def _ordered(data: Ragged, key: str, schema: Schema) -> Tensor:
-    """Returns inputs or labels with the entries that `wanted` names; array data have no names of their own."""
+    """Returns inputs or labels with the entries of the schema's, in its order."""
     values, kind = data.rows[key], "x" if key == "x" else "y"
-    own, wanted = (getattr(schema, kind) for schema in (data.schema, schema))
-    shape, target = (getattr(schema, f"{kind}_shape") for schema in (data.schema, schema))
+    own, wanted = _Entries.of(data.schema, kind), _Entries.of(schema, kind)
     if not len(values):
-        return values.new_zeros((0, *target))
-    if own != wanted and len(own) > 1 and shape == (len(own),) and target == (len(wanted),) and set(wanted) <= set(own):
-        return values[:, [own.index(name) for name in wanted]]
-    unnamed = _unnamed(data.schema, kind) or _unnamed(schema, kind)
-    if own != wanted and not unnamed:
+        return values.new_zeros((0, *wanted.shape))
+    if own.names != wanted.names and len(own.names) > 1 and own.hold(wanted):
+        return values[:, [own.names.index(name) for name in wanted.names]]
+    _check_entries(kind, own, wanted)
+    return values.reshape(len(values), *wanted.shape)
+
+
+def _check_entries(kind: str, own: _Entries, wanted: _Entries) -> None:
+    unnamed = own.unnamed or wanted.unnamed
+    if own.names != wanted.names and not unnamed:
         raise ValueError(
-            f"{kind}: the fit has {listing(wanted)}, these data {listing(own)}; read the same columns as {kind}"
+            f"{kind}: the fit has {listing(wanted.names)}, these data {listing(own.names)}; "
+            f"read the same columns as {kind}"
         )
-    if shape != target and {shape, target} != {(), (1,)}:
-        raise ValueError(f"{kind}: the fit has the shape {target} a row, these data {shape}; make them alike")
-    return values.reshape(len(values), *target)
-
-
-def _unnamed(schema: Schema, kind: str) -> bool:
-    """Says whether inputs or labels have the names that array data get."""
-    names, shape = getattr(schema, kind), getattr(schema, f"{kind}_shape")
-    return schema.task == "task" and names == default_names(kind, shape)
+    if own.shape != wanted.shape and {own.shape, wanted.shape} != {(), (1,)}:
+        cure = "make them alike"
+        if unnamed and len(own.shape) == len(wanted.shape) == 1:
+            cure += f": the columns that the fit has ({listing(wanted.names)}), in the same order"
+        raise ValueError(f"{kind}: the fit has the shape {wanted.shape} a row, these data {own.shape}; {cure}")
 
 
 def _column(values: Tensor, key: str, own: Schema, schema: Schema, where: Where) -> Tensor:
@@ -138,14 +171,19 @@ def _recoded(codes: Tensor, name: str, new: str, own: Schema, schema: Schema, wh
     if old == levels or not len(codes):
         return codes
     if old is None or levels is None:
-        kinds = ("numbers", "text") if old is None else ("text", "numbers")
-        raise ValueError(f"column {new!r}: these data hold {kinds[0]}, the fit has {kinds[1]}; convert the column")
-    lookup = torch.tensor([levels.index(level) if level in levels else -1 for level in old])
+        raise ValueError(_other_kind(new, is_text=levels is None))
+    known = {level: code for code, level in enumerate(levels)}
+    lookup = torch.tensor([known.get(level, -1) for level in old])
     recoded = lookup[codes.long()]
     if (recoded < 0).any():
         row = int((recoded < 0).int().argmax())
         raise ValueError(unseen_level(new, old[int(codes[row])], levels, f", {where(row)}"))
     return recoded
+
+
+def _other_kind(name: str, *, is_text: bool) -> str:
+    kinds = ("text", "numbers") if is_text else ("numbers", "text")
+    return f"column {name!r}: these data hold {kinds[0]}, the fit has {kinds[1]}; convert the column"
 
 
 def _cast(values: Tensor, dtype: str) -> Tensor:

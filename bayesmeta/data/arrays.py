@@ -58,21 +58,29 @@ def flatten(name: str, arrays: Sequence[Any], names: Sequence[str]) -> tuple[np.
     if len(arrays) != len(names):
         raise ValueError(f"{name}: expected one array a task, {len(names)} in all, got a list of length {len(arrays)}")
     parts = [to_numpy(value) for value in arrays]
+    _check_no_scalar(name, parts, names)
+    filled = [part for part in parts if len(part)] or parts[:1]
+    _check_one_shape(name, filled[0].shape[1:], parts, names)
+    return np.concatenate(filled), np.array([len(part) for part in parts])
+
+
+def _check_no_scalar(name: str, parts: Sequence[np.ndarray], names: Sequence[str]) -> None:
     flat = next((t for t, part in enumerate(parts) if part.ndim == 0), None)
     if flat is not None:
         raise ValueError(
             f"{name}: expected an array with one entry a row, got a single value for task {names[flat]!r}; "
             "wrap it in a list"
         )
-    filled = [part for part in parts if len(part)] or parts[:1]
-    shape = filled[0].shape[1:]
+
+
+def _check_one_shape(name: str, shape: tuple[int, ...], parts: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """Checks the rows of all tasks; an empty array has none, whatever its shape."""
     for task, part in zip(names, parts, strict=True):
         if len(part) and part.shape[1:] != shape:
             raise ValueError(
                 f"{name}: expected rows of one shape, got {shape} and, in task {task!r}, {part.shape[1:]}; "
                 "make them alike"
             )
-    return np.concatenate(filled), np.array([len(part) for part in parts])
 
 
 def read_arrays(
@@ -216,14 +224,12 @@ def new_rows(
         ValueError: If columns are missing or unknown, or shapes, lengths or levels do not fit.
     """
     given = dict(columns or {})
-    _check_columns(given, x, schema)
+    _check_columns(given, schema)
+    if x is None:
+        _check_columns_suffice(given, schema)
     repeated = {name: _for_all(name, value, len(names)) for name, value in given.items()}
     known = repeated[next(iter(repeated))] if x is None else _for_all("x", x, len(names))
-    sizes = (
-        np.array([len(to_numpy(part)) for part in known])
-        if isinstance(known, list)
-        else np.full(len(names), len(known))
-    )
+    sizes = _rows_a_task(known, len(names))
     offsets = offsets_of(torch.from_numpy(sizes))
     reader = _Reader(names, sizes, locate(names, offsets.numpy()))
     rows, _ = reader.columns({name: _listed(value, len(names)) for name, value in repeated.items()}, schema.levels)
@@ -236,7 +242,7 @@ def new_rows(
     return offsets, rows
 
 
-def _check_columns(given: Mapping[str, Any], x: Any, schema: Schema) -> None:
+def _check_columns(given: Mapping[str, Any], schema: Schema) -> None:
     for name in given:
         if name not in schema.columns:
             raise ValueError(unknown("column", name, schema.columns))
@@ -245,12 +251,16 @@ def _check_columns(given: Mapping[str, Any], x: Any, schema: Schema) -> None:
         raise ValueError(
             f"columns: the new rows need {listing(absent)} too, as the data had; pass columns={{{absent[0]!r}: …}}"
         )
-    if x is None and schema.x_shape != (0,):
+
+
+def _check_columns_suffice(given: Mapping[str, Any], schema: Schema) -> None:
+    """Checks that new rows need no inputs, and that the columns say how many rows there are."""
+    if schema.x_shape != (0,):
         raise ValueError(
             f"x: expected the inputs {listing(schema.x)} of the new rows, got None; "
             f"pass x of shape (M, *{schema.x_shape})"
         )
-    if x is None and not given:
+    if not given:
         raise ValueError(
             "x: expected x or columns, got neither; to say how many rows M are new, pass x of shape (M, 0)"
         )
@@ -269,6 +279,12 @@ def _for_all(name: str, value: Any, count: int) -> np.ndarray | list[Any]:
             "for the same rows in all tasks pass an array"
         )
     return list(value)
+
+
+def _rows_a_task(value: np.ndarray | list[Any], count: int) -> np.ndarray:
+    if isinstance(value, list):
+        return np.array([len(to_numpy(part)) for part in value])
+    return np.full(count, len(value))
 
 
 def _listed(value: np.ndarray | list[Any], count: int) -> list[Any]:

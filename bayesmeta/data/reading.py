@@ -5,6 +5,7 @@ Nothing here knows arrays, batches or models. `Tasks.from_dataframe` and `Tasks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +21,9 @@ from bayesmeta.data.values import Where, covariate, floating, labels, locate, we
 
 Covariates = dict[str, tuple[Tensor, Levels]]
 _BACKENDS = ("pandas", "polars", "pyarrow")
-_TOGETHER = {"x", "columns", "weight"}
+_TOGETHER = ({"x", "columns", "weight"}, {"task_columns", "task_weight"})
+"""Roles that one column may play at the same time."""
+_TEXT = (nw.String, nw.Categorical, nw.Enum)
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,7 @@ def check_roles(roles: Roles, known: Sequence[str]) -> None:
     Raises:
         ValueError: If not.
     """
-    repeated = sorted({str(name) for name in known if list(known).count(name) > 1})
-    if repeated:
-        raise ValueError(f"duplicated names: the table has several columns called {listing(repeated)}; rename them")
+    _check_header(known)
     if not roles.outputs:
         raise ValueError("y: expected the name of at least one output, got none")
     uses: dict[str, list[str]] = {}
@@ -74,9 +75,20 @@ def check_roles(roles: Roles, known: Sequence[str]) -> None:
             raise ValueError(f"{role}: {unknown('column', name, map(str, known))}")
         uses.setdefault(name, []).append(role)
     for name, given in uses.items():
-        allowed = set(given) <= _TOGETHER or set(given) <= {"task_columns", "task_weight"}
-        if len(given) > 1 and not (allowed and len(set(given)) == len(given)):
+        if not _compatible(given):
             raise ValueError(f"duplicated names: column {name!r} is given as {' and as '.join(given)}; name it once")
+
+
+def _check_header(known: Sequence[str]) -> None:
+    repeated = sorted({str(name) for name, count in Counter(known).items() if count > 1})
+    if repeated:
+        raise ValueError(f"duplicated names: the table has several columns called {listing(repeated)}; rename them")
+
+
+def _compatible(given: Sequence[str]) -> bool:
+    """Says whether one column may play all these roles."""
+    distinct = set(given)
+    return len(given) == 1 or (len(distinct) == len(given) and any(distinct <= roles for roles in _TOGETHER))
 
 
 def read_table(df: Any, roles: Roles, missing: str) -> Ragged:
@@ -163,12 +175,21 @@ def _plain(series: nw.Series[Any]) -> np.ndarray:
     dtype = series.dtype
     if dtype.is_numeric() or dtype == nw.Boolean:
         return (series.cast(nw.Float64) if _has_nulls(series) or dtype.is_decimal() else series).to_numpy()
-    cells = series.to_list()
-    if dtype in (nw.String, nw.Categorical, nw.Enum):
-        absent = series.is_null().to_list()
-        return np.array([None if gone else str(value) for value, gone in zip(cells, absent, strict=True)], object)
+    if dtype in _TEXT:
+        return _text(series)
     if dtype.is_temporal():
         raise ValueError(f"column {series.name!r}: expected numbers or text, got {dtype}; turn times into numbers")
+    return _objects(series)
+
+
+def _text(series: nw.Series[Any]) -> np.ndarray:
+    pairs = zip(series.to_list(), series.is_null().to_list(), strict=True)
+    return np.array([None if gone else str(value) for value, gone in pairs], object)
+
+
+def _objects(series: nw.Series[Any]) -> np.ndarray:
+    """Returns stacked arrays, or single objects with NaN where missing."""
+    cells = series.to_list()
     present = [value for value in cells if value is not None]
     if present and isinstance(present[0], (list, tuple, np.ndarray)):
         return _stacked(series.name, cells)

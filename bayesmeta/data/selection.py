@@ -31,11 +31,15 @@ def indices(selection: Any, positions: Mapping[str, int]) -> Tensor:
     if isinstance(selection, Tensor):
         selection = selection.detach().cpu().numpy()
     array = np.atleast_1d(np.asarray(selection))
-    if array.dtype.kind in "UO" and all(isinstance(name, str) for name in array.tolist()):
+    if _names(array):
         array = np.array([_position(name, positions) for name in array.tolist()], np.int64)
     if array.dtype.kind == "b":
         array = _positions_of(array, count)
     return _in_range(_not_empty(torch.from_numpy(_integers(array, selection)), selection), count)
+
+
+def _names(array: np.ndarray) -> bool:
+    return array.dtype.kind in "UO" and all(isinstance(name, str) for name in array.tolist())
 
 
 def _forward(selection: slice, count: int) -> Any:

@@ -18,6 +18,7 @@ from bayesmeta.data.schema import Levels, Schema, listing, unseen_level
 
 Where = Callable[[int], str]
 MISSING = ("error", "mask")
+_REPAIR = "drop or fill these rows"
 
 
 def locate(names: Sequence[str], offsets: np.ndarray) -> Where:
@@ -56,12 +57,7 @@ def encode(
     """
     cells = values.tolist()
     distinct = set(cells)
-    for value in distinct:
-        if value is None or value != value:
-            row = next(i for i, cell in enumerate(cells) if cell is None or cell != cell)
-            raise ValueError(
-                f"column {name!r}: missing text in {where(row)}; drop these rows or name the missing level"
-            )
+    _check_no_gaps(name, cells, distinct, where)
     known = tuple(sorted(map(str, distinct))) if levels is None else tuple(levels)
     codes = {level: code for code, level in enumerate(known)}
     lookup = {value: codes.get(str(value), -1) for value in distinct}
@@ -69,6 +65,16 @@ def encode(
         if code < 0:
             raise ValueError(unseen_level(name, str(value), known, f", {where(cells.index(value))}"))
     return np.fromiter((lookup[cell] for cell in cells), dtype=np.int64, count=len(cells)), known
+
+
+def _check_no_gaps(name: str, cells: list[Any], distinct: set[Any], where: Where) -> None:
+    if any(_absent(value) for value in distinct):
+        row = next(row for row, cell in enumerate(cells) if _absent(cell))
+        raise ValueError(f"column {name!r}: missing text in {where(row)}; drop these rows or name the missing level")
+
+
+def _absent(cell: Any) -> bool:
+    return cell is None or bool(cell != cell)
 
 
 def numeric(name: str, values: np.ndarray) -> np.ndarray:
@@ -95,8 +101,14 @@ def floating(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32 if values.ndim > 2 else np.float64) if values.dtype.kind == "i" else values
 
 
-def check_finite(name: str, values: np.ndarray, where: Where, cure: str = "drop or fill these rows") -> None:
+def check_finite(name: str, values: np.ndarray, where: Where, *, if_nan: str = _REPAIR) -> None:
     """Checks that there is no NaN and no infinity.
+
+    Args:
+        name: Name of the column.
+        values: Numbers `(R,…)`.
+        where: Says where a row stands.
+        if_nan: What to do about NaN.
 
     Raises:
         ValueError: If there is; it says how many rows, and where the first is.
@@ -104,7 +116,9 @@ def check_finite(name: str, values: np.ndarray, where: Where, cure: str = "drop 
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return
     flat = values.reshape(len(values), -1)
-    for kind, bad in (("NaN or missing", np.isnan(flat).any(1)), ("infinite", np.isinf(flat).any(1))):
+    cases = (("NaN or missing", np.isnan(flat), if_nan), ("infinite", np.isinf(flat), _REPAIR))
+    for kind, cells, cure in cases:
+        bad = cells.any(1)
         if bad.any():
             place = where(int(bad.argmax()))
             raise ValueError(f"column {name!r}: {int(bad.sum())} row(s) are {kind}, the first in {place}; {cure}")
@@ -122,19 +136,26 @@ def covariate(name: str, values: np.ndarray, known: Levels | None, where: Where)
     Raises:
         ValueError: If values are missing, not finite, of unseen levels, or numbers where text was.
     """
-    if len(values) and known is not None and name in known and not is_text(values):
+    text, levels = is_text(values), (known or {}).get(name)
+    if len(values) and levels is not None and not text:
         raise ValueError(
-            f"column {name!r}: expected text, one of {listing(known[name])}, got numbers ({values.dtype}); "
-            "pass the text"
+            f"column {name!r}: expected text, one of {listing(levels)}, got numbers ({values.dtype}); pass the text"
         )
-    if is_text(values) and (known is None or name in known):
-        if values.ndim != 1:
-            raise ValueError(f"column {name!r}: text must have one value a row, got the shape {values.shape}; split it")
-        codes, found = encode(name, values, None if known is None else known[name], where)
-        return torch.from_numpy(codes), {name: found}
-    numbers = numeric(name, values)
+    if text and (known is None or levels is not None):
+        return _coded(name, values, levels, where)
+    return _finite(name, numeric(name, values), where), {}
+
+
+def _coded(name: str, values: np.ndarray, levels: Sequence[str] | None, where: Where) -> tuple[Tensor, Levels]:
+    if values.ndim != 1:
+        raise ValueError(f"column {name!r}: text must have one value a row, got the shape {values.shape}; split it")
+    codes, found = encode(name, values, levels, where)
+    return torch.from_numpy(codes), {name: found}
+
+
+def _finite(name: str, numbers: np.ndarray, where: Where) -> Tensor:
     check_finite(name, numbers, where)
-    return torch.from_numpy(np.ascontiguousarray(numbers)), {}
+    return torch.from_numpy(np.ascontiguousarray(numbers))
 
 
 def inputs(names: Sequence[str], values: np.ndarray, known: Levels | None, where: Where) -> tuple[Tensor, Levels]:
@@ -151,17 +172,22 @@ def inputs(names: Sequence[str], values: np.ndarray, known: Levels | None, where
     """
     texts = values.dtype.kind in "OUS" or any(name in (known or {}) for name in names)
     if texts and values.ndim <= 2 and len(values):
-        levels: dict[str, tuple[str, ...]] = {}
-        parts: list[Tensor] = []
-        for name, column in zip(names, values.reshape(len(values), -1).T, strict=True):
-            part, found = covariate(name, column, known, where)
-            levels |= found
-            parts.append(part.double())
-        return torch.stack(parts, -1).reshape(values.shape), levels
+        return _mixed_inputs(names, values, known, where)
     label = names[0] if len(names) == 1 else "x"
-    numbers = floating(numeric(label, values))
-    check_finite(label, numbers, where)
-    return torch.from_numpy(np.ascontiguousarray(numbers)), {}
+    return _finite(label, floating(numeric(label, values)), where), {}
+
+
+def _mixed_inputs(
+    names: Sequence[str], values: np.ndarray, known: Levels | None, where: Where
+) -> tuple[Tensor, Levels]:
+    """Returns inputs of which some are text, column by column."""
+    levels: dict[str, tuple[str, ...]] = {}
+    parts: list[Tensor] = []
+    for name, column in zip(names, values.reshape(len(values), -1).T, strict=True):
+        part, found = covariate(name, column, known, where)
+        levels |= found
+        parts.append(part.double())
+    return torch.stack(parts, -1).reshape(values.shape), levels
 
 
 def labels(name: str, values: np.ndarray, missing: str, where: Where) -> tuple[Tensor, Tensor]:
@@ -183,7 +209,7 @@ def labels(name: str, values: np.ndarray, missing: str, where: Where) -> tuple[T
     numbers = numeric(name, values)
     absent = np.isnan(numbers) if numbers.dtype.kind == "f" and missing == "mask" else np.zeros(numbers.shape, bool)
     cure = 'drop these rows, or pass missing="mask" if labels are missing'
-    check_finite(name, np.where(absent, 0.0, numbers), where, cure)
+    check_finite(name, np.where(absent, 0.0, numbers), where, if_nan=cure)
     y, observed = torch.from_numpy(np.ascontiguousarray(numbers)), torch.from_numpy(~absent)
     return torch.where(observed, y, example_label(y, observed)), observed
 

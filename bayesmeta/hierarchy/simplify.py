@@ -47,14 +47,14 @@ _POINTWISE = {
 }
 _WITH_NUMBER = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 """Pointwise too where the second argument is a number."""
-_UNITS = {
+_UNITS: dict[Any, int] = {
     aten.add.Tensor: 0,
     aten.sub.Tensor: 0,
     aten.mul.Tensor: 1,
     aten.div.Tensor: 1,
     aten.pow.Tensor_Scalar: 1,
 }
-_SIGN = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
+_SIGN: dict[Any, float] = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
 _FILLED = {
     aten.zeros_like.default,
     aten.ones_like.default,
@@ -175,7 +175,7 @@ def _same(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _neutral(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Drops the neutral element: x + 0, x − 0, x · 1, x / 1 and x¹."""
-    for place, other in ((0, 1), (1, 0))[: len(node.args) - 1]:
+    for place, other in ((0, 1), (1, 0))[: len(node.args)]:
         unit = _UNITS.get(node.target)
         if unit is None or (place and node.target not in (aten.add.Tensor, aten.mul.Tensor)):
             continue
@@ -244,13 +244,23 @@ def _chained(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return None
     if node.target is aten.log.default:
         return before.args[0] if before.target is aten.exp.default else None  # type: ignore[return-value]
-    if node.target not in _SIGN or before.target not in _SIGN:
+    return _one_shift(graph, before, node)
+
+
+def _one_shift(graph: fx.Graph, before: fx.Node, node: fx.Node) -> fx.Node | None:
+    """Two shifts in one, of floats only: integers would become floats."""
+    source, value = before.args[0] if before.args else None, _value(node)
+    first, second = (_shift(graph.owning_module, n) for n in (before, node))
+    if value is None or not value.is_floating_point() or not _alike(value, _value(source)):
         return None
-    second, first = (_number(graph.owning_module, n.args[1]) for n in (node, before))
-    if first is None or second is None or not _alike(_value(node), _value(before.args[0])):
-        return None
-    total = _SIGN[before.target] * first + _SIGN[node.target] * second
-    return _call(graph, aten.add.Tensor, (before.args[0], total))
+    return None if first is None or second is None else _call(graph, aten.add.Tensor, (source, first + second))
+
+
+def _shift(graph: Any, node: fx.Node) -> float | None:
+    """The number that a node adds to its first argument, if that is what it does."""
+    sign = _SIGN.get(node.target)
+    number = None if sign is None else _number(graph, node.args[1])
+    return None if sign is None or number is None else sign * number
 
 
 def _number(graph: Any, argument: Any) -> float | None:

@@ -263,22 +263,31 @@ class ConditionalRows(CoupledRows):
 
     def _evaluate(self, kind: str, labels: Any, y: Tensor) -> Tensor:
         rows, dims = y.shape[1], y.dim() - 2
-        batch, event = tuple(labels.batch_shape), tuple(labels.event_shape)
-        if event == tuple(y.shape[2:]) and batch[-1:] in ((rows,), (1,), ()) and math.prod(batch[:-1]) == 1:
-            labels, y = labels.expand((1, rows)), y
-        elif len(event) == dims + 1 and event[0] == rows and math.prod(batch) == 1:
-            y = y.reshape(*batch, *event)
-        else:
-            raise ValueError(
-                f"conditional: expected a distribution of batch shape (1, {rows}) and event shape "
-                f"{tuple(y.shape[2:])}, or of batch shape (1,) and event shape {(rows, *y.shape[2:])}; got batch shape "
-                f"{batch} and event shape {event}"
-            )
+        labels, y = _matched(labels, y)
         if kind == "score":
             score = labels.log_prob(y)
-            return score.reshape(rows) if len(event) == dims else score.reshape(())
+            return score.reshape(rows) if len(labels.event_shape) == dims else score.reshape(())
         drawn = labels.sample() if kind == "outcome" else labels.mean
         return drawn.reshape(rows, *drawn.shape[drawn.dim() - dims :])
+
+
+def _matched(labels: Any, y: Tensor) -> tuple[Any, Tensor]:
+    """Brings the user's distribution and the labels `(1, M, *dy)` to one shape: rows in the batch, or in the event.
+
+    Raises:
+        ValueError: If the distribution is of neither kind.
+    """
+    rows, dims = y.shape[1], y.dim() - 2
+    batch, event = tuple(labels.batch_shape), tuple(labels.event_shape)
+    if event == tuple(y.shape[2:]) and batch[-1:] in ((rows,), (1,), ()) and math.prod(batch[:-1]) == 1:
+        return labels.expand((1, rows)), y
+    if len(event) == dims + 1 and event[0] == rows and math.prod(batch) == 1:
+        return labels, y.reshape(*batch, *event)
+    raise ValueError(
+        f"conditional: expected a distribution of batch shape (1, {rows}) and event shape "
+        f"{tuple(y.shape[2:])}, or of batch shape (1,) and event shape {(rows, *y.shape[2:])}; got batch shape "
+        f"{batch} and event shape {event}"
+    )
 
 
 def _groups(density: TaskDensity, context: Tasks, target: Tasks) -> Iterator[tuple[np.ndarray, Tensors, Tensors]]:

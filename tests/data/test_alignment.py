@@ -113,6 +113,42 @@ def test_errors_of_shape() -> None:
         Tasks.from_arrays(np.zeros((1, 2, 4, 4)), [[1.0, 2.0]], columns={"k": np.zeros((1, 2, 2))}).aligned(schema)
 
 
+@pytest.mark.parametrize("surplus", [-1, 1])
+@pytest.mark.parametrize("named", [True, False])
+def test_unnamed_columns_are_never_cut(surplus: int, named: bool) -> None:
+    table = pd.DataFrame({"home": ["a", "b"], "x0": [0.0, 1.0], "x1": [1.0, 2.0], "y": [0.0, 1.0]})
+    schema = (
+        Tasks.from_dataframe(table, task="home", x=["x0", "x1"], y="y").schema
+        if named
+        else Tasks.from_arrays(np.zeros((1, 3, 2)), np.zeros((1, 3))).schema
+    )
+    got = 2 + surplus
+    message = (
+        rf"x: the fit has the shape \(2,\) a row, these data \({got},\); make them alike: .*\('x0', 'x1'\), in the"
+    )
+    with pytest.raises(ValueError, match=message):
+        Tasks.from_arrays(np.zeros((1, 3, got)), np.zeros((1, 3))).aligned(schema)
+
+
+def test_unnamed_outputs_are_never_cut() -> None:
+    schema = Tasks.from_arrays(None, np.zeros((1, 3, 2))).schema
+    with pytest.raises(ValueError, match=r"y: the fit has the shape \(2,\) a row, these data \(3,\)"):
+        Tasks.from_arrays(None, np.zeros((1, 3, 3))).aligned(schema)
+
+
+def test_inputs_without_entries_fit_a_fit_without_inputs() -> None:
+    empty = pd.DataFrame({"task": ["a", "a"], "e": [np.zeros(0)] * 2, "y": [1.0, 2.0]})
+    schema = Tasks.from_arrays(None, [[1.0, 2.0]]).schema
+    for tasks in (
+        Tasks.from_arrays(np.zeros((1, 2, 0)), [[1.0, 2.0]]),
+        Tasks.from_dataframe(empty, task="task", x="e", y="y"),
+        Tasks.from_dataframe(empty, task="task", y="y"),
+    ):
+        aligned = tasks.aligned(schema)
+        assert aligned.x.shape == (2, 0) and aligned.batch([0]).x.shape == (1, 2, 0)
+        assert len(aligned.to_dataframe()) == 2
+
+
 def test_names_must_match() -> None:
     assert align_names(("a", "b"), ("b", "a")) == ["a", "b"]
     with pytest.raises(

@@ -113,8 +113,9 @@ def test_missing_labels_hold_an_observed_value() -> None:
 def test_label_errors() -> None:
     with pytest.raises(ValueError, match='NaN or missing.*missing="mask" if labels are missing'):
         labels("y", np.array([np.nan]), "error", WHERE)
-    with pytest.raises(ValueError, match="infinite"):
-        labels("y", np.array([np.inf]), "mask", WHERE)
+    for missing in ("error", "mask"):
+        with pytest.raises(ValueError, match=r"1 row\(s\) are infinite, .*; drop or fill these rows$"):
+            labels("y", np.array([np.inf]), missing, WHERE)
     with pytest.raises(ValueError, match="output 'y': expected numbers, got text; code classes as integers"):
         labels("y", texts("cat"), "error", WHERE)
     with pytest.raises(ValueError, match='missing: expected "error" or "mask", got "?\'drop\''):
