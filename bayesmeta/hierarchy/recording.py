@@ -12,6 +12,7 @@ import functools
 import logging
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -179,14 +180,15 @@ def _refill(arg: Any, found: Iterator[Tensor]) -> Any:
 
 def _value_and_gradient(
     function: TensorFunction, targets: Sequence[int], weights: Sequence[float], *leaves: Tensor
-) -> tuple[Any, tuple[Tensor, ...]]:
+) -> list[Tensor]:
     at = [leaf.detach().requires_grad_(i in targets) for i, leaf in enumerate(leaves)]
     with torch.enable_grad():
         value = function(*at)
-        terms = [weight * out.sum() for weight, out in zip(weights, pytree.tree_leaves(value), strict=True)]
+        outputs = pytree.tree_leaves(value)
+        terms = [weight * out.sum() for weight, out in zip(weights, outputs, strict=True)]
         total = functools.reduce(operator.add, terms)
         gradients = torch.autograd.grad(total, [at[i] for i in targets], materialize_grads=True)
-    return pytree.tree_map(torch.detach, value), gradients
+    return [out.detach() for out in outputs] + list(gradients)
 
 
 def _record_gradient(both: TensorFunction, leaves: Sequence[Tensor]) -> TensorFunction:
@@ -197,16 +199,16 @@ def _record_gradient(both: TensorFunction, leaves: Sequence[Tensor]) -> TensorFu
         return both
 
 
-def _compile(graph: TensorFunction, leaves: Sequence[Tensor]) -> TensorFunction:
+def _compile(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> TensorFunction:
     try:
-        with _LOCK:
-            compiled = torch.compile(graph, fullgraph=True, dynamic=False)
-            with torch.no_grad():
-                compiled(*leaves)
+        with _LOCK, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            compiled = torch._inductor.compile(graph, list(leaves))
+            compiled(*leaves)
             return compiled
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
         logger.info("a graph runs uncompiled, the compiler failed: %s", error)
-        return graph
+        return graph.forward
 
 
 class Recorded:
@@ -235,7 +237,7 @@ class Recorded:
         self._vary = vary
         self._graphs: dict[Any, TensorFunction] = {}
         self._mapped: dict[Any, TensorFunction] = {}
-        self._gradients: dict[Any, TensorFunction] = {}
+        self._gradients: dict[Any, tuple[TensorFunction, pytree.TreeSpec]] = {}
         self.status: dict[Any, str] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -292,29 +294,32 @@ class Recorded:
         Returns:
             The value, and a tuple with the gradient of each argument in `wrt`.
         """
-        leaves, spec = _flatten(args)
-        key = (signature(leaves), spec, in_dims, tuple(wrt), tuple(weights), compiled)
+        leaves, keys = _flatten(args)
+        key = (signature(leaves), keys, in_dims, tuple(wrt), tuple(weights), compiled)
         if key not in self._gradients:
             self._gradients[key] = self._differentiate(args, wrt, in_dims, weights, compiled)
+        function, spec = self._gradients[key]
         with torch.no_grad():
-            value, gradients = self._gradients[key](*leaves)
-        found = iter(gradients)
-        return value, tuple(_refill(args[i], found) for i in wrt)
+            found = list(function(*leaves))
+        value = pytree.tree_unflatten(found[: spec.num_leaves], spec)
+        gradients = iter(found[spec.num_leaves :])
+        return value, tuple(_refill(args[i], gradients) for i in wrt)
 
     def _differentiate(
         self, args: Any, wrt: Sequence[int], in_dims: Any, weights: Sequence[float], compiled: bool
-    ) -> TensorFunction:
+    ) -> tuple[TensorFunction, pytree.TreeSpec]:
         call = self.graph(*args) if in_dims is None else self.mapped_graph(*args, in_dims=in_dims)
         owners = [i for i, a in enumerate(args) for _ in pytree.tree_leaves(a)]
         targets = [j for i in wrt for j, owner in enumerate(owners) if owner == i]
-        both = functools.partial(_value_and_gradient, call, targets, weights)
         leaves = [leaf.detach() for leaf in pytree.tree_leaves(args)]
+        spec = pytree.tree_structure(call(*leaves))
+        both = functools.partial(_value_and_gradient, call, targets, weights)
         if not isinstance(call, torch.fx.GraphModule):
-            return both
+            return both, spec
         joint = _record_gradient(both, leaves)
-        if compiled:
-            joint = _compile(joint, leaves)
-        return joint.forward if isinstance(joint, torch.fx.GraphModule) else joint
+        if not isinstance(joint, torch.fx.GraphModule):
+            return joint, spec
+        return _compile(joint, leaves) if compiled else joint.forward, spec
 
     def _map(self, key: Any, graph: TensorFunction, leaves: list[Tensor], dims: tuple[int | None, ...]) -> Any:
         """A graph over the leading dimension; where it cannot be recorded, a loop over its slices."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import task_chunks, theta_chunks
+from bayesmeta.inference.gaussian import Pushed
 from bayesmeta.inference.objectives import Guides
-from bayesmeta.inference.protocols import Context
+from bayesmeta.inference.protocols import Context, TaskPosterior
 
 SHARES = {"guide": 0.7, "heavy": 0.2, "prior": 0.1}
 """Mixture weights of every proposal."""
@@ -41,19 +42,27 @@ class Candidates:
 def propose(density: TaskDensity, guides: Guides, context: Context, theta: Tensor) -> Candidates:
     """One weighted draw for every θ `(S, d_theta)` and task of a batch."""
     posterior = guides.task.condition(theta, context)
-    light = posterior.sample()
-    pick = torch.rand(light.shape[:2], dtype=light.dtype).unsqueeze(-1)
-    noise = torch.where(pick < SHARES["heavy"], posterior.sample(heavy=True), light)
-    noise = torch.where(pick > 1 - SHARES["prior"], prior_draws(density, guides, context, theta), noise)
+    pick = torch.rand(len(theta), len(context.batch.names), dtype=theta.dtype)
+    noise = _mixed(posterior, pick < SHARES["heavy"])
+    from_prior = (pick > 1 - SHARES["prior"]).unsqueeze(-1)
+    noise = torch.where(from_prior, prior_draws(density, guides, context, theta), noise)
     log_prior, log_likelihood = density.log_parts.mapped(theta, noise, context.data, guides.values, in_dims=BY_DRAW)
-    log_proposal = torch.logaddexp(
-        torch.logaddexp(
-            posterior.log_prob(noise) + math.log(SHARES["guide"]),
-            posterior.log_prob(noise, heavy=True) + math.log(SHARES["heavy"]),
-        ),
-        log_prior + math.log(SHARES["prior"]),
-    )
+    light, heavy = _log_probs(posterior, noise)
+    log_guide = torch.logaddexp(light + math.log(SHARES["guide"]), heavy + math.log(SHARES["heavy"]))
+    log_proposal = torch.logaddexp(log_guide, log_prior + math.log(SHARES["prior"]))
     return Candidates(noise, log_prior + log_likelihood - log_proposal)
+
+
+def _mixed(posterior: TaskPosterior, heavy: Tensor) -> Tensor:
+    if isinstance(posterior, Pushed):
+        return posterior.mixed(heavy)
+    return torch.where(heavy.unsqueeze(-1), posterior.sample(heavy=True), posterior.sample())
+
+
+def _log_probs(posterior: TaskPosterior, noise: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(posterior, Pushed):
+        return posterior.log_probs(noise)
+    return posterior.log_prob(noise), posterior.log_prob(noise, heavy=True)
 
 
 def prior_draws(density: TaskDensity, guides: Guides, context: Context, theta: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ def _sweep(
                 outputs = function(context, part)
                 results = results or tuple(o.new_empty(len(theta), len(tasks), *o.shape[2:]) for o in outputs)
                 for result, output in zip(results, outputs, strict=True):
-                    result[place, index] = output[: place.stop - place.start]
+                    result[place, index] = output[: place.stop - place.start, : len(index)]
     return results
 
 

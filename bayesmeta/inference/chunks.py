@@ -24,7 +24,7 @@ PIECE_ELEMENTS = 20_000
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some tasks of like size: their positions `(T,)` and their batch."""
+    """Some tasks of like size: their positions `(T,)`, and their batch, filled up to the size of the other chunks."""
 
     index: np.ndarray
     batch: Batch
@@ -47,9 +47,12 @@ def task_chunks(tasks: Tasks, *, exact_size: bool, limit: int = CHUNK_TASKS) -> 
     for target in np.unique(rows):
         members = np.flatnonzero(rows == target)
         widest = max(1, int(sizes[members].max()))
-        for start in range(0, len(members), limit):
-            index = members[start : start + limit]
-            yield Chunk(index, tasks.batch(index, rows=widest))
+        pieces = -(-len(members) // limit)
+        size = -(-len(members) // pieces)
+        for start in range(0, len(members), size):
+            index = members[start : start + size]
+            filled = np.concatenate([index, np.repeat(index[-1:], size - len(index))])
+            yield Chunk(index, tasks.batch(filled, rows=widest))
 
 
 def theta_chunks(theta: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor]]:

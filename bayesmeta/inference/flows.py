@@ -7,7 +7,7 @@ identity and is the identity for a task without rows. The only file that knows z
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +21,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.networks import MLP
 from bayesmeta.inference.gaussian import (
     GaussianTasks,
-    heavy_scale,
-    normal_log_prob,
-    solve_upper,
-    student_t_log_prob,
+    Pushed,
 )
 from bayesmeta.inference.guides import NaturalGuide
 from bayesmeta.inference.pooled import PooledGuide
@@ -131,7 +128,7 @@ class Bend(nn.Module):
 
 
 @dataclass
-class FlowTasks:
+class FlowTasks(Pushed):
     """Task posteriors of S θ and T tasks: a Gaussian's standardised noise, bent.
 
     Attributes:
@@ -147,34 +144,21 @@ class FlowTasks:
     parameters: Mapping[str, Tensor]
     context: Tensor
     gain: Tensor
-    _kept: tuple[Tensor, int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
-    def sample(self, *, heavy: bool = False) -> Tensor:
-        """One reparametrised draw each, `(S, T, d)`; `heavy`: t(5) noise in place of normal noise."""
-        noise = torch.randn_like(self.base.loc)
-        if heavy:
-            noise = noise * heavy_scale(tuple(noise.shape[:-1]), noise).unsqueeze(-1)
-        bent, _ = self._bend(noise, inverse=False)
-        return self.base.loc + solve_upper(self.base.factor.mT, bent)
+    @property
+    def example(self) -> Tensor:
+        """The Gaussian's means."""
+        return self.base.example
 
-    def log_prob(self, noise: Tensor, *, heavy: bool = False) -> Tensor:
-        """Log density `(S, T)` of `(S, T, d)`."""
-        white, log_det = self._unbent(noise)
-        log_det = self.base.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - log_det
-        density = student_t_log_prob if heavy else normal_log_prob
-        return density(white.square().sum(-1), log_det, noise.shape[-1])
+    def push(self, white: Tensor) -> Tensor:
+        """The Gaussian's draw of bent noise."""
+        bent, _ = self._bend(white, inverse=False)
+        return self.base.push(bent)
 
-    def _unbent(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Standard noise and log determinant of a draw; the last one is kept, proposals ask twice about it."""
-        if torch.is_grad_enabled():
-            return self._inverse(noise)
-        if self._kept is None or self._kept[0] is not noise or self._kept[1] != noise._version:
-            self._kept = (noise, noise._version, *self._inverse(noise))
-        return self._kept[2:]
-
-    def _inverse(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        bent = ((noise - self.base.loc).unsqueeze(-2) @ self.base.factor).squeeze(-2)
-        return self._bend(bent, inverse=True)
+    def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Unbent standard noise, squared, and the log determinant of both inverse maps."""
+        white, log_det = self._bend(self.base.whiten(noise), inverse=True)
+        return white.square().sum(-1), self.base.log_det() - log_det
 
     def _bend(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         context = self.context.expand(*x.shape[:-1], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,51 @@ def heavy_scale(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return (HEAVY_DF / 2 / torch._standard_gamma(half)).sqrt()
 
 
+class Pushed(ABC):
+    """Task posteriors that are maps of standard noise, which may be normal or t(5), or a mixture of both."""
+
+    @abstractmethod
+    def push(self, white: Tensor) -> Tensor:
+        """Standard noise `(S, T, d)` as draws `(S, T, d)`."""
+
+    @abstractmethod
+    def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws as squared standard noise summed over d, and the log determinant of the inverse map, `(S, T)` each."""
+
+    @property
+    @abstractmethod
+    def example(self) -> Tensor:
+        """A tensor `(S, T, d)`: shape and dtype of a draw."""
+
+    def sample(self, *, heavy: bool = False) -> Tensor:
+        """One reparametrised draw each, `(S, T, d)`; `heavy`: of the t(5) with the same location and scale."""
+        white = torch.randn_like(self.example)
+        if heavy:
+            white = white * heavy_scale(tuple(white.shape[:-1]), white).unsqueeze(-1)
+        return self.push(white)
+
+    def mixed(self, heavy: Tensor) -> Tensor:
+        """One draw each; `heavy` `(S, T)` says which are t(5)."""
+        white = torch.randn_like(self.example)
+        place = heavy.nonzero(as_tuple=True)
+        white[place] *= heavy_scale((len(place[0]), 1), white)
+        return self.push(white)
+
+    def log_prob(self, noise: Tensor, *, heavy: bool = False) -> Tensor:
+        """Log density `(S, T)` of `(S, T, d)`."""
+        quadratic, log_det = self.pull(noise)
+        density = student_t_log_prob if heavy else normal_log_prob
+        return density(quadratic, log_det, noise.shape[-1])
+
+    def log_probs(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Normal and t(5) log densities `(S, T)` at once."""
+        quadratic, log_det = self.pull(noise)
+        dim = noise.shape[-1]
+        return normal_log_prob(quadratic, log_det, dim), student_t_log_prob(quadratic, log_det, dim)
+
+
 @dataclass
-class GaussianTasks:
+class GaussianTasks(Pushed):
     """Independent Gaussians of S × T task posteriors in whitened coordinates.
 
     Attributes:
@@ -43,19 +87,26 @@ class GaussianTasks:
     loc: Tensor
     factor: Tensor
 
-    def sample(self, *, heavy: bool = False) -> Tensor:
-        """One reparametrised draw each, `(S, T, d)`; `heavy`: of the t(5) with the same location and scale."""
-        noise = torch.randn_like(self.loc)
-        if heavy:
-            noise = noise * heavy_scale(tuple(self.loc.shape[:-1]), noise).unsqueeze(-1)
-        return self.loc + solve_upper(self.factor.mT, noise)
+    @property
+    def example(self) -> Tensor:
+        """The means."""
+        return self.loc
 
-    def log_prob(self, noise: Tensor, *, heavy: bool = False) -> Tensor:
-        """Log density `(S, T)` of `(S, T, d)`."""
-        white = ((noise - self.loc).unsqueeze(-2) @ self.factor).squeeze(-2)
-        log_det = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        density = student_t_log_prob if heavy else normal_log_prob
-        return density(white.square().sum(-1), log_det, noise.shape[-1])
+    def push(self, white: Tensor) -> Tensor:
+        """M + L⁻ᵀ ε."""
+        return self.loc + solve_upper(self.factor.mT, white)
+
+    def whiten(self, noise: Tensor) -> Tensor:
+        """Lᵀ (z − m), the inverse of `push`."""
+        return ((noise - self.loc).unsqueeze(-2) @ self.factor).squeeze(-2)
+
+    def log_det(self) -> Tensor:
+        """Log |L|, `(S, T)`."""
+        return self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """|Lᵀ (z − m)|² and log |L|."""
+        return self.whiten(noise).square().sum(-1), self.log_det()
 
 
 def solve_upper(upper: Tensor, right: Tensor) -> Tensor:
@@ -157,7 +208,7 @@ class Lower:
 
 
 @dataclass
-class NaturalTasks:
+class NaturalTasks(Pushed):
     """Gaussians of S × T task posteriors with precision (L B)(L B)ᵀ and mean L⁻ᵀ h + s, component first.
 
     Attributes:
@@ -182,17 +233,18 @@ class NaturalTasks:
         """Lower Cholesky factors of the precisions `(S, T, d, d)`."""
         return self.lower.dense() @ self.bend.dense()
 
-    def sample(self, *, heavy: bool = False) -> Tensor:
-        """One reparametrised draw each, `(S, T, d)`; `heavy`: of the t(5) with the same location and scale."""
-        noise = torch.randn_like(self.half)
-        if heavy:
-            noise = noise * heavy_scale(tuple(noise.shape[1:]), noise)
-        bent = self.half + self.bend.solve_transposed(noise)
+    @property
+    def example(self) -> Tensor:
+        """Of a draw's shape, component last but stored first."""
+        return self.half.movedim(0, -1)
+
+    def push(self, white: Tensor) -> Tensor:
+        """L⁻ᵀ (h + B⁻ᵀ ε) + s."""
+        bent = self.half + self.bend.solve_transposed(white.movedim(-1, 0))
         return (self.lower.solve_transposed(bent) + self.shift).movedim(0, -1).contiguous()
 
-    def log_prob(self, noise: Tensor, *, heavy: bool = False) -> Tensor:
-        """Log density `(S, T)` of `(S, T, d)`."""
+    def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """|Bᵀ (Lᵀ (z − s) − h)|² and log |L| + log |B|."""
         centred = noise.movedim(-1, 0) - self.shift
         white = self.bend.transposed_times(self.lower.transposed_times(centred) - self.half)
-        density = student_t_log_prob if heavy else normal_log_prob
-        return density(white.square().sum(0), self.lower.log_det() + self.bend.log_det(), noise.shape[-1])
+        return white.square().sum(0), self.lower.log_det() + self.bend.log_det()

@@ -93,7 +93,7 @@ def _curvature_of_a_row(density: TaskDensity, tasks: Tasks) -> Tensor:
     theta, values = density.prior_scale()[0].unsqueeze(0), dict(density.learned.values)
     dim, found = density.structure.task_size, []
     for chunk in task_chunks(tasks[:PROBED], exact_size=density.structure.exact_size):
-        noise = torch.zeros(1, len(chunk.index), dim, dtype=density.dtype, requires_grad=True)
+        noise = torch.zeros(1, len(chunk.batch.names), dim, dtype=density.dtype, requires_grad=True)
         with torch.enable_grad():
             data = density.tensors(chunk.batch)
             total = density.log_task.mapped(theta, noise, data, values, in_dims=(0, 0, None, None)).sum()

@@ -76,9 +76,7 @@ def infer_known(
     khat, ess = _diagnose(leave_one_out.reshape(-1, len(tasks)).numpy())
     log_weight = (within - math.log(draws)).reshape(-1, len(tasks)).numpy()
     flag = _flags(khat, ess, len(pool))
-    return TaskDraws(
-        pool, drawn.noise, log_weight, offset + chosen, khat, ess, ["psis"] * len(tasks), flag, joint=True
-    )
+    return TaskDraws(pool, drawn.noise, log_weight, offset + chosen, khat, ess, ["psis"] * len(tasks), flag, joint=True)
 
 
 def infer_new(
@@ -109,11 +107,9 @@ def infer_new(
     smoothed, khat = psis.smooth(raw.numpy().T)
     ess = psis.relative_ess(raw.numpy().T)
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    index = np.stack([psis.resample(row, len(theta), generator) for row in smoothed], 1)
+    index = psis.resample(smoothed, len(theta), generator).T
     flag = _flags(khat, ess, len(theta))
-    return TaskDraws(
-        theta, drawn.noise, smoothed.T, index, khat, ess, ["psis"] * len(tasks), flag, joint=False
-    )
+    return TaskDraws(theta, drawn.noise, smoothed.T, index, khat, ess, ["psis"] * len(tasks), flag, joint=False)
 
 
 def infer_empty(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:
@@ -142,9 +138,7 @@ def _equal(theta: Tensor, noise: Tensor, method: str, khat: float, flag: str, jo
     index = np.broadcast_to(np.arange(draws)[:, None], (draws, count))
     log_weight = np.broadcast_to(np.float64(-math.log(draws)), (draws, count))
     ones = np.ones(count)
-    return TaskDraws(
-        theta, noise, log_weight, index, khat * ones, ones, [method] * count, [flag] * count, joint=joint
-    )
+    return TaskDraws(theta, noise, log_weight, index, khat * ones, ones, [method] * count, [flag] * count, joint=joint)
 
 
 def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> int:
@@ -157,7 +151,7 @@ def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta
 
 
 def _log_mean_of_others(raw: Tensor) -> Tensor:
-    """log of the mean weight of the other candidates at the same θ: `(S, M, T)` -> `(S, M, T)`."""
+    """Log of the mean weight of the other candidates at the same θ: `(S, M, T)` -> `(S, M, T)`."""
     peak = raw.amax(1, keepdim=True)
     scaled = (raw - peak).exp()
     others = (scaled.sum(1, keepdim=True) - scaled).clamp(min=torch.finfo(raw.dtype).tiny)

@@ -5,7 +5,6 @@ The guide is the pair of a shared posterior and a task guide (`Guides`); the los
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +64,7 @@ def elbo(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info
     noise = posterior.sample()
     log_p, log_joint, gradients = _log_joint(density, guides, step, theta, noise)
     log_q, held = _log_q(guides, posterior, theta, noise, step.tasks / noise.shape[1])
-    gradients = [a - b for a, b in itertools.zip_longest(gradients, held, fillvalue=0.0)]
+    gradients[: len(held)] = [a - b for a, b in zip(gradients, held, strict=False)]
     bound = _Known.apply(log_joint - log_q, gradients, noise, theta, *guides.values.values())
     return -bound / (step.draws * step.tasks), {"log_p": log_p, "theta": theta, "noise": noise}
 

@@ -12,6 +12,7 @@ import math
 import warnings
 
 import numpy as np
+import torch
 
 CONSTANT_WEIGHTS = 1e-3
 """Log weights whose sd is below this are constant: k̂ is 0 by definition, an estimate would be noise."""
@@ -54,11 +55,14 @@ def accepted(khat: np.ndarray, ess: np.ndarray, count: int) -> np.ndarray:
 
 
 def resample(log_weights: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Systematic resampling: `count` indices drawn with the given weights `(S,)`, shuffled."""
+    """Systematic resampling: indices `(..., count)` drawn with weights `(..., S)`, shuffled alike."""
     weights = np.exp(_normalised(np.asarray(log_weights, dtype=float)))
-    points = (generator.random() + np.arange(count)) / count
-    index = np.minimum(np.searchsorted(np.cumsum(weights), points), len(weights) - 1)
-    return generator.permutation(index)
+    cumulative = torch.as_tensor(weights).cumsum(-1)
+    cumulative = cumulative / cumulative[..., -1:]
+    start = torch.as_tensor(generator.random((*weights.shape[:-1], 1)))
+    points = (start + torch.arange(count)) / count
+    index = torch.searchsorted(cumulative, points).clamp(max=weights.shape[-1] - 1).numpy()
+    return index[..., generator.permutation(count)]
 
 
 def _normalised(log_weights: np.ndarray) -> np.ndarray:

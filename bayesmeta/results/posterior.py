@@ -79,7 +79,9 @@ class Shared:
 
     def __repr__(self) -> str:
         note = " (a point estimate: the uncertainty of θ is missing)" if self.status == "plug-in" else ""
-        rows = [f"  {name}: mean {np.round(self.mean(name), 3)}, sd {np.round(self.sd(name), 3)}" for name in self.names]
+        rows = [
+            f"  {name}: mean {np.round(self.mean(name), 3)}, sd {np.round(self.sd(name), 3)}" for name in self.names
+        ]
         return "\n".join([f"Shared parameters, {self.status}{note}, k̂ {self.khat:.2f}, ESS {self.ess:.0%}", *rows])
 
 
@@ -241,14 +243,14 @@ def constrained(density: TaskDensity, tasks: Tasks, theta: Tensor, noise: Tensor
     with torch.no_grad():
         for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
             data = density.tensors(chunk.batch)
-            index = torch.as_tensor(chunk.index)
+            filled = torch.as_tensor(np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge"))
             for place, part in theta_chunks(theta, chunk.batch):
                 keep = place.stop - place.start
-                some = noise[place][:, index]
+                some = noise[place][:, filled]
                 if keep < len(part):
                     some = torch.cat([some, some[-1:].expand(len(part) - keep, -1, -1)])
                 for name, value in density.constrain.mapped(part, some, data, values, in_dims=BY_DRAW).items():
                     if name not in found:
                         found[name] = np.empty((len(theta), len(tasks), *value.shape[2:]))
-                    found[name][place, chunk.index] = value[:keep].numpy()
+                    found[name][place, chunk.index] = value[:keep, : len(chunk.index)].numpy()
     return found

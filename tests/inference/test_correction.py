@@ -34,10 +34,10 @@ def truth() -> tuple[float, float]:
     return mean[-1], covariance[-1, -1] ** 0.5
 
 
-def corrected(tasks: float = 0.0, **options: float) -> SharedDraws:
+def corrected(tasks: float = 0.0, budget: int = correction.FULL_BUDGET, **options: float) -> SharedDraws:
     density, guides, data = setting(ROWS, **options)
     guides.task = ExactGuide(tasks, 1.0)
-    return correct_shared(density, guides, data, draws=DRAWS)
+    return correct_shared(density, guides, data, draws=DRAWS, budget=budget)
 
 
 @pytest.mark.parametrize("options", [{}, {"shift": 2.0}, {"width": 0.5}, {"shift": -1.5, "width": 0.6}, {"width": 3.0}])
@@ -83,17 +83,16 @@ def test_noisy_evidence_of_many_tasks_leaves_q_as_it_is(monkeypatch: pytest.Monk
 
 
 def test_more_candidates_are_drawn_where_the_evidence_is_noisy() -> None:
-    few = correction._enough_candidates(*setting(ROWS))
+    few = correction._enough_candidates(*setting(ROWS), correction.MAX_PER_THETA)
     density, guides, tasks = setting(ROWS)
     guides.task = ExactGuide(2.5, 0.5)
-    many = correction._enough_candidates(density, guides, tasks)
+    many = correction._enough_candidates(density, guides, tasks, correction.MAX_PER_THETA)
     assert few[0] == correction.PER_THETA and correction.PER_THETA < many[0] <= correction.MAX_PER_THETA
     assert few[1] < correction.MAX_VARIANCE
 
 
-def test_a_correction_that_would_cost_too_much_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correction, "MAX_EVALUATIONS", 1000)
-    assert corrected().status == "uncorrected"
+def test_a_correction_that_would_cost_too_much_is_left_out() -> None:
+    assert corrected(budget=1000).status == "uncorrected"
 
 
 def test_a_point_and_a_model_without_theta_have_nothing_to_correct() -> None:

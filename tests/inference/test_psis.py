@@ -31,7 +31,7 @@ def test_constant_and_noisy_rows_in_one_call() -> None:
 
 @pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
 def test_khat_estimates_the_shape_of_a_pareto_tail(shape: float) -> None:
-    """log w = k E with E exponential has a Pareto tail of shape k; the sd of an estimate from m values is (1 + k)/√m."""
+    """log w = k E, E exponential, has a Pareto tail of shape k; an estimate from m values has the sd (1 + k)/√m."""
     count = 20_000
     log_weights = shape * np.random.default_rng(1).exponential(size=count)
     tail = 3 * math.sqrt(count)
