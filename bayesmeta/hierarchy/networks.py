@@ -53,12 +53,12 @@ class MLP(nn.Sequential):
     def __init__(self, sizes: Sequence[int], *, zero: bool = False) -> None:
         layers: list[nn.Module] = []
         for width_in, width_out in zip(sizes[:-1], sizes[1:], strict=True):
-            layers += [nn.Linear(width_in, width_out), nn.SiLU()]
+            linear = nn.Linear(width_in, width_out)
+            layers += [linear, nn.SiLU()]
         super().__init__(*layers[:-1])
         if zero:
-            last = self[len(self) - 1]
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
 
 class Standardise(nn.Module):

@@ -41,7 +41,7 @@ class NormalShared(SharedPosterior):
         loc, sd = self.centre()
         with torch.no_grad():
             relative = sd / self.unit
-            self.log_diagonal += INITIAL_SD_LOG - relative.log()
+            self.log_diagonal.add_(INITIAL_SD_LOG - relative.log())
             self.origin.copy_(loc)
             self.unit.copy_(sd / INITIAL_SD)
             self.mean.zero_()
