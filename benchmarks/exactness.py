@@ -65,7 +65,8 @@ def report_pairs(post: bm.Posterior, tasks: bm.Tasks, seed: int) -> dict[str, fl
     pairs = np.random.default_rng(seed).integers(0, len(tasks), (200, 2))
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     mu = theta["mu"][:, :1]
-    between = (ours[:, pairs[:, 0]] - ours[:, pairs[:, 1]]).std(0) / (truth[:, pairs[:, 0]] - truth[:, pairs[:, 1]]).std(0)
+    first, second = pairs.T
+    between = (ours[:, first] - ours[:, second]).std(0) / (truth[:, first] - truth[:, second]).std(0)
     shared = (ours - mu).std(0) / (truth - mu).std(0)
     return {
         "sd(a - b) lowest ratio": float(between.min()),

@@ -86,7 +86,7 @@ def report(name: str, fit: bm.Fit, theta: dict[str, np.ndarray], exact: object, 
         rms_accepted = np.sqrt((error[accepted] ** 2).mean()) if accepted.any() else float("nan")
         lines.append(
             f"  {name:9s} {refine:5s} rows {size:4d}: rms error {rms:6.3f} (accepted {rms_accepted:6.3f}), sd ratios "
-            f"{ratio.min():5.2f}–{ratio.max():5.2f}, flagged {(~accepted).sum():3d} of {count}, methods {set(post.method)}"
+            f"{ratio.min():5.2f}–{ratio.max():5.2f}, flagged {(~accepted).sum():3d} of {count} ({'/'.join(set(post.method))})"
         )
     return lines
 

@@ -149,8 +149,8 @@ class Posterior:
         """The draws of θ paired with the task draws: `(draw, *event)` if joint, else `(draw, task, *event)`."""
         if self.joint:
             part = self.parts[0][1]
-            values = self.density.shared_values(part.theta[torch.as_tensor(part.index[:, 0].copy())])
-            return {name: v.detach().numpy() for name, v in values.items()}
+            paired = self.density.shared_values(part.theta[torch.as_tensor(part.index[:, 0].copy())])
+            return {name: v.detach().numpy() for name, v in paired.items()}
         found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         for index, part in self.parts:
             for name, values in self.density.shared_values(part.theta).items():

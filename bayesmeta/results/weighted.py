@@ -10,21 +10,24 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def _weights(values: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
+def _flat(values: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights `(K, L)` and values `(K, L, E)` whose products are sums over K."""
     weight = np.exp(log_weight - log_weight.max(0))
-    weight = weight / weight.sum(0)
-    return weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
+    weight = (weight / weight.sum(0)).reshape(len(weight), -1)
+    return weight, values.reshape(*weight.shape, -1)
 
 
 def weighted_mean(values: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
     """Weighted mean over the first axis."""
-    return (_weights(values, log_weight) * values).sum(0)
+    weight, flat = _flat(values, log_weight)
+    return np.einsum("kl,kle->le", weight, flat).reshape(values.shape[1:])
 
 
 def weighted_sd(values: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
     """Weighted standard deviation over the first axis."""
-    centred = values - weighted_mean(values, log_weight)
-    return np.sqrt((_weights(values, log_weight) * centred**2).sum(0))
+    weight, flat = _flat(values, log_weight)
+    centred = flat - np.einsum("kl,kle->le", weight, flat)
+    return np.sqrt(np.einsum("kl,kle,kle->le", weight, centred, centred)).reshape(values.shape[1:])
 
 
 def weighted_quantile(values: np.ndarray, log_weight: np.ndarray, q: float | Sequence[float]) -> np.ndarray:
@@ -36,7 +39,8 @@ def weighted_quantile(values: np.ndarray, log_weight: np.ndarray, q: float | Seq
     levels = np.asarray(q, dtype=float)
     if ((levels < 0) | (levels > 1)).any() or np.isnan(levels).any():
         raise ValueError(f"quantile levels must lie in [0, 1], got {q}")
-    weight = np.broadcast_to(_weights(values, log_weight), values.shape)
+    weight = _flat(values, log_weight)[0].reshape(log_weight.shape + (1,) * (values.ndim - log_weight.ndim))
+    weight = np.broadcast_to(weight, values.shape)
     order = np.argsort(values, 0)
     ordered = np.take_along_axis(values, order, 0)
     cumulative = np.cumsum(np.take_along_axis(weight, order, 0), 0)
