@@ -101,14 +101,17 @@ def floating(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32 if values.ndim > 2 else np.float64) if values.dtype.kind == "i" else values
 
 
-def check_finite(name: str, values: np.ndarray, where: Where, *, if_nan: str = _REPAIR) -> None:
+def check_finite(
+    name: str, values: np.ndarray, where: Where, *, if_nan: str = _REPAIR, if_infinite: str = _REPAIR
+) -> None:
     """Checks that there is no NaN and no infinity.
 
     Args:
         name: Name of the column.
         values: Numbers `(R,…)`.
         where: Says where a row stands.
-        if_nan: What to do about NaN.
+        if_nan: What to do about NaN, for the message.
+        if_infinite: What to do about infinity.
 
     Raises:
         ValueError: If there is; it says how many rows, and where the first is.
@@ -116,7 +119,7 @@ def check_finite(name: str, values: np.ndarray, where: Where, *, if_nan: str = _
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return
     flat = values.reshape(len(values), -1)
-    cases = (("NaN or missing", np.isnan(flat), if_nan), ("infinite", np.isinf(flat), _REPAIR))
+    cases = (("NaN or missing", np.isnan(flat), if_nan), ("infinite", np.isinf(flat), if_infinite))
     for kind, cells, cure in cases:
         bad = cells.any(1)
         if bad.any():
@@ -209,7 +212,9 @@ def labels(name: str, values: np.ndarray, missing: str, where: Where) -> tuple[T
     numbers = numeric(name, values)
     absent = np.isnan(numbers) if numbers.dtype.kind == "f" and missing == "mask" else np.zeros(numbers.shape, bool)
     cure = 'drop these rows, or pass missing="mask" if labels are missing'
-    check_finite(name, np.where(absent, 0.0, numbers), where, if_nan=cure)
+    check_finite(
+        name, np.where(absent, 0.0, numbers), where, if_nan=cure, if_infinite="drop these rows or correct the labels"
+    )
     y, observed = torch.from_numpy(np.ascontiguousarray(numbers)), torch.from_numpy(~absent)
     return torch.where(observed, y, example_label(y, observed)), observed
 

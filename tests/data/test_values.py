@@ -114,7 +114,7 @@ def test_label_errors() -> None:
     with pytest.raises(ValueError, match='NaN or missing.*missing="mask" if labels are missing'):
         labels("y", np.array([np.nan]), "error", WHERE)
     for missing in ("error", "mask"):
-        with pytest.raises(ValueError, match=r"1 row\(s\) are infinite, .*; drop or fill these rows$"):
+        with pytest.raises(ValueError, match=r"1 row\(s\) are infinite, .*; drop these rows or correct the labels$"):
             labels("y", np.array([np.inf]), missing, WHERE)
     with pytest.raises(ValueError, match="output 'y': expected numbers, got text; code classes as integers"):
         labels("y", texts("cat"), "error", WHERE)
