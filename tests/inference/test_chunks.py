@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.inference.chunks import (
+    CHUNK_ELEMENTS,
+    PIECE_ELEMENTS,
+    like_sizes,
+    padded_rows,
+    task_chunks,
+    theta_chunks,
+)
+
+SIZES = [0, 1, 3, 4, 5, 17, 2, 64, 65, 4]
+
+
+def tasks() -> Tasks:
+    return Tasks.from_arrays([np.zeros((n, 1)) for n in SIZES], [np.arange(n, dtype=float) for n in SIZES])
+
+
+def test_padded_sizes_are_powers_of_four() -> None:
+    assert [padded_rows(n) for n in (0, 1, 2, 4, 5, 16, 17, 64, 65)] == [1, 1, 4, 4, 16, 16, 64, 64, 256]
+
+
+@pytest.mark.parametrize("exact_size", [False, True])
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_chunks_hold_every_task_once_with_all_its_rows(exact_size: bool, limit: int) -> None:
+    seen: list[int] = []
+    for chunk in task_chunks(tasks(), exact_size=exact_size, limit=limit):
+        sizes = [SIZES[i] for i in chunk.index]
+        assert len(sizes) <= limit
+        assert chunk.batch.n.tolist() == sizes
+        assert chunk.batch.mask.sum(1).tolist() == sizes
+        if exact_size:
+            assert len(set(sizes)) == 1 or max(sizes) <= 1
+            assert chunk.batch.mask.shape[1] == max(1, sizes[0])
+        else:
+            assert chunk.batch.mask.shape[1] <= padded_rows(max(sizes))
+        seen += chunk.index.tolist()
+    assert sorted(seen) == list(range(len(SIZES)))
+
+
+def test_chunks_of_a_group_have_one_shape() -> None:
+    shapes = [chunk.batch.mask.shape[1] for chunk in task_chunks(tasks(), exact_size=False, limit=1)]
+    assert len(set(shapes)) == len({padded_rows(n) for n in SIZES})
+
+
+def test_chunks_of_theta_put_together_are_theta() -> None:
+    batch = tasks().batch(range(len(SIZES)))
+    count = 3 * CHUNK_ELEMENTS // batch.mask.numel() + 1
+    theta = torch.randn(count, 2)
+    found = torch.full_like(theta, torch.nan)
+    lengths = set()
+    for place, part in theta_chunks(theta, batch):
+        lengths.add(len(part))
+        found[place] = part[: place.stop - place.start]
+    assert torch.equal(found, theta)
+    assert len(lengths) == 1
+    assert lengths.pop() * batch.mask.numel() < 1.5 * CHUNK_ELEMENTS
+
+
+def cost(groups: list[np.ndarray], sizes: np.ndarray, draws: int) -> int:
+    return sum(PIECE_ELEMENTS + draws * len(g) * max(1, int(sizes[g].max())) for g in groups)
+
+
+def test_groups_of_like_size_cost_least() -> None:
+    sizes = np.array([1, 400, 3, 900, 390, 2, 7])
+    for draws in (1, 40, 1000):
+        groups = like_sizes(sizes, draws=draws)
+        assert sorted(np.concatenate(groups).tolist()) == list(range(len(sizes)))
+        order = np.argsort(sizes)
+        every = [
+            [order[a:b] for a, b in itertools.pairwise([0, *cuts, len(sizes)])]
+            for count in range(len(sizes))
+            for cuts in itertools.combinations(range(1, len(sizes)), count)
+        ]
+        assert cost(groups, sizes, draws) == min(cost(g, sizes, draws) for g in every)
+    assert len(like_sizes(sizes, draws=1)) == 1 < len(like_sizes(sizes, draws=1000))
