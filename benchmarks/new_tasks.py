@@ -83,10 +83,11 @@ def report(name: str, fit: bm.Fit, theta: dict[str, np.ndarray], exact: object, 
         error, ratio = (post.mean("phi") - mean) / sd, post.sd("phi") / sd
         accepted = post.flag == ""
         rms = np.sqrt((error**2).mean())
+        methods = "/".join(sorted(set(post.method)))
         rms_accepted = np.sqrt((error[accepted] ** 2).mean()) if accepted.any() else float("nan")
         lines.append(
             f"  {name:9s} {refine:5s} rows {size:4d}: rms error {rms:6.3f} (accepted {rms_accepted:6.3f}), sd ratios "
-            f"{ratio.min():5.2f}–{ratio.max():5.2f}, flagged {(~accepted).sum():3d} of {count} ({'/'.join(set(post.method))})"
+            f"{ratio.min():5.2f}–{ratio.max():5.2f}, flagged {(~accepted).sum():3d} of {count} ({methods})"
         )
     return lines
 

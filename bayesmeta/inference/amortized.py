@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import padded_rows
@@ -161,31 +162,40 @@ def _guide(options: Amortized) -> TaskGuide:
 
 def _contexts(density: TaskDensity, tasks: Tasks, guides: Guides, limit: int) -> Iterator[Context]:
     """Batches of tasks, drawn uniformly; all tasks where they fit. Rows are encoded anew, their weights change."""
-    sizes = np.asarray(tasks.sizes)
-    groups = [np.flatnonzero(sizes == n) for n in np.unique(sizes)] if density.structure.exact_size else None
-    whole = np.arange(len(tasks)) if groups is None or len(groups) == 1 else None
-    fixed = None
-    if whole is not None and len(tasks) <= limit:
-        batch = tasks.batch(whole)
-        fixed = (batch, density.tensors(batch))
+    draw = _Draw(np.asarray(tasks.sizes), limit, exact_size=density.structure.exact_size)
+    fixed = _tensors(density, tasks, None, None) if draw.takes_all else None
     while True:
-        if fixed is None:
-            index, rows = _draw(sizes, groups, limit)
-            batch = tasks.batch(index, rows=rows)
-            yield guides.task.prepare(batch, density.tensors(batch))
-        else:
-            yield guides.task.prepare(*fixed)
+        yield guides.task.prepare(*(fixed or _tensors(density, tasks, *draw())))
 
 
-def _draw(sizes: np.ndarray, groups: list[np.ndarray] | None, limit: int) -> tuple[np.ndarray, int | None]:
-    pool = np.arange(len(sizes))
-    if groups is not None:
-        share = np.array([len(g) for g in groups]) / len(sizes)
-        pool = groups[int(torch.multinomial(torch.as_tensor(share), 1))]
-    index = pool[torch.randperm(len(pool))[:limit].numpy()]
-    if groups is not None:
-        return index, None
-    return index, min(padded_rows(int(sizes[index].max())), max(1, int(sizes.max())))
+def _tensors(
+    density: TaskDensity, tasks: Tasks, index: np.ndarray | None, rows: int | None
+) -> tuple[Batch, dict[str, Tensor]]:
+    batch = tasks.batch(np.arange(len(tasks)) if index is None else index, rows=rows)
+    return batch, density.tensors(batch)
+
+
+class _Draw:
+    """Draws tasks uniformly; where tasks may not be padded, tasks of one size, sizes in proportion to their tasks."""
+
+    def __init__(self, sizes: np.ndarray, limit: int, *, exact_size: bool) -> None:
+        self._sizes, self._limit = sizes, limit
+        self._groups = [np.flatnonzero(sizes == n) for n in np.unique(sizes)] if exact_size else [np.arange(len(sizes))]
+        self._share = torch.tensor([len(group) / len(sizes) for group in self._groups])
+        self._exact = exact_size
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether one batch holds all tasks."""
+        return len(self._groups) == 1 and len(self._sizes) <= self._limit
+
+    def __call__(self) -> tuple[np.ndarray, int | None]:
+        """Positions of the tasks of a batch, and the rows to pad them to."""
+        pool = self._groups[int(torch.multinomial(self._share, 1))] if len(self._groups) > 1 else self._groups[0]
+        index = pool[torch.randperm(len(pool))[: self._limit].numpy()]
+        if self._exact:
+            return index, None
+        return index, min(padded_rows(int(self._sizes[index].max())), max(1, int(self._sizes.max())))
 
 
 class _Judge:

@@ -200,6 +200,22 @@ class Posterior:
             noise[:, index] = part.noise[chosen, torch.arange(len(index))]
         return theta, noise
 
+    def prior(self) -> dict[str, np.ndarray]:
+        """Draws of the learned prior of the same tasks, one at each draw of θ: `{site: (draw, task, *event)}`."""
+        theta = self.paired()[0][:, 0]
+        empty = theta.new_zeros(len(theta), len(self.tasks), self.density.structure.task_size)
+        data = self.density.tensors(self.tasks.batch(np.arange(len(self.tasks))))
+        with seeded(self.seed), torch.no_grad():
+            noise = self.density.prior_noise.mapped(
+                theta, empty, data, dict(self.density.learned.values), in_dims=BY_DRAW
+            )
+        return constrained(self.density, self.tasks, theta, noise)
+
+    def log_weight(self) -> np.ndarray:
+        """Log weight of the candidate that each draw of a task is, `(draw, task)`."""
+        parts = [(index, _take(part.log_weight, part.index)) for index, part in self.parts]
+        return self._join(parts, axis=1)
+
     def summary(self) -> Any:
         """Mean, sd and 5/50/95 % quantiles of every task parameter with its diagnostics, as a pandas DataFrame."""
         from bayesmeta.results.summary import summary

@@ -51,6 +51,12 @@ class Results(Protocol):
     def paired(self) -> Draws:
         """Draws in flat coordinates."""
 
+    def prior(self) -> dict[str, np.ndarray]:
+        """Draws of the learned prior."""
+
+    def log_weight(self) -> np.ndarray:
+        """Log weights of the chosen candidates."""
+
 
 def summary(posterior: Results) -> Any:
     """One line a task and scalar parameter, with the task's diagnostics: a pandas DataFrame."""
@@ -74,7 +80,10 @@ def summary(posterior: Results) -> Any:
 
 
 def to_arviz(posterior: Results) -> Any:
-    """Groups posterior, posterior_predictive, log_likelihood, observed_data, constant_data and sample_stats."""
+    """Groups posterior, posterior_predictive, log_likelihood, observed_data, constant_data, prior and sample_stats.
+
+    `prior` holds draws of the learned prior at the same θ; `sample_stats` the log weight of each draw's candidate.
+    """
     density, tasks = posterior.density, posterior.tasks
     task = [density.schema.task]
     dims: dict[str, list[str]] = {}
@@ -87,7 +96,12 @@ def to_arviz(posterior: Results) -> Any:
         lead = [] if posterior.joint else task
         dims[name] = lead + [f"{name}_dim_{i}" for i in range(values.ndim - 1 - len(lead))]
     groups: dict[str, dict[str, np.ndarray]] = {"posterior": sampled}
-    groups |= _data_groups(posterior, dims)
+    if max(tasks.sizes) > 0:
+        groups |= _data_groups(posterior, dims) | _row_groups(posterior, dims)
+    groups["prior"] = {name: values[None] for name, values in posterior.prior().items()}
+    groups["sample_stats"] = {"log_weight": posterior.log_weight()[None]}
+    dims["log_weight"] = task
+    groups = {name: group for name, group in groups.items() if group}
     groups["constant_data"] = {
         "khat": posterior.khat,
         "relative_ess": posterior.ess,
@@ -100,31 +114,34 @@ def to_arviz(posterior: Results) -> Any:
     return export(groups, dims=dims, coords={task[0]: list(tasks.names)}, attrs={"draws": remark})
 
 
-def _data_groups(posterior: Results, dims: dict[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
-    """What concerns rows: predictions, log likelihood and data, with NaN where a task has fewer rows."""
-    density, tasks = posterior.density, posterior.tasks
-    paired = posterior.paired()
+def _row_groups(posterior: Results, dims: dict[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
+    """Predictions and log likelihood of the observed rows, with NaN where a task has fewer rows."""
+    density, tasks, paired = posterior.density, posterior.tasks, posterior.paired()
     predictive: dict[str, np.ndarray] = {}
     likelihood: dict[str, np.ndarray] = {}
-    if max(tasks.sizes) == 0:
-        return {}
     for site in density.structure.outcomes:
         if site not in density.structure.coupled:
             predictive[site] = predict(density, tasks, paired, site=site, seed=posterior.seed).draws[None]
             likelihood[site] = log_rows(density, tasks, paired, site=site)[None]
-            extra = [f"{site}_dim_{i}" for i in range(predictive[site].ndim - 4)]
-            dims[site] = [density.schema.task, "row", *extra]
-    batch = tasks.batch(np.arange(len(tasks)))
-    mask = batch.mask.numpy()
-    groups = {"posterior_predictive": predictive, "log_likelihood": likelihood}
-    observed = _masked(batch.y.numpy(), mask)
-    single = next(iter(predictive), None) if len(predictive) == 1 else None
-    groups["observed_data"] = {single or "y": observed}
-    dims.setdefault("y", [density.schema.task, "row", *[f"y_dim_{i}" for i in range(observed.ndim - 2)]])
+            dims[site] = _row_dims(posterior, site, predictive[site].ndim - 4)
+    return {"posterior_predictive": predictive, "log_likelihood": likelihood}
+
+
+def _data_groups(posterior: Results, dims: dict[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
+    """The tasks' own rows; labels take the name of the observed site where there is one."""
+    batch = posterior.tasks.batch(np.arange(len(posterior.tasks)))
+    sites = posterior.density.structure.outcomes
+    label = sites[0] if len(sites) == 1 else "y"
+    groups = {"observed_data": {label: _masked(batch.y.numpy(), batch.mask.numpy())}}
+    dims[label] = _row_dims(posterior, label, batch.y.dim() - 2)
     if batch.x.numel():
-        groups["constant_data"] = {"x": _masked(batch.x.numpy(), mask)}
-        dims["x"] = [density.schema.task, "row", *[f"x_dim_{i}" for i in range(batch.x.dim() - 2)]]
-    return {name: group for name, group in groups.items() if group}
+        groups["constant_data"] = {"x": _masked(batch.x.numpy(), batch.mask.numpy())}
+        dims["x"] = _row_dims(posterior, "x", batch.x.dim() - 2)
+    return groups
+
+
+def _row_dims(posterior: Results, name: str, further: int) -> list[str]:
+    return [posterior.density.schema.task, "row", *[f"{name}_dim_{i}" for i in range(further)]]
 
 
 def _masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -102,15 +102,16 @@ def test_tasks_are_drawn_uniformly_whatever_their_size() -> None:
     sizes = np.array([1, 50, 2, 50, 3, 1])
     torch.manual_seed(0)
     counts = np.zeros(6)
+    draw = amortized._Draw(sizes, 2, exact_size=False)
     for _ in range(3000):
-        index, rows = amortized._draw(sizes, None, 2)
+        index, rows = draw()
         counts[index] += 1
         assert rows is not None and rows >= sizes[index].max()
     assert np.abs(counts - 1000).max() < 4 * np.sqrt(3000 * 2 / 9)
-    groups = [np.flatnonzero(sizes == n) for n in np.unique(sizes)]
     counts[:] = 0
+    draw = amortized._Draw(sizes, 1, exact_size=True)
     for _ in range(3000):
-        index, rows = amortized._draw(sizes, groups, 1)
+        index, rows = draw()
         assert rows is None and len(set(sizes[index])) == 1
         counts[index] += 1
     assert np.abs(counts - 500).max() < 4 * np.sqrt(3000 * 5 / 36)

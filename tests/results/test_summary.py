@@ -137,8 +137,17 @@ def test_predictions_in_the_export_follow_their_draws(plain: Posterior) -> None:
 
 def test_tasks_without_rows_have_draws_and_no_data() -> None:
     exported = posterior(centre, make_tasks({"x": [], "z": []})).to_arviz()
-    assert set(_groups(exported)) == {"posterior", "constant_data"}
+    assert set(_groups(exported)) == {"posterior", "prior", "sample_stats", "constant_data"}
     assert list(exported["posterior"].coords["task"].values) == ["x", "z"]
+
+
+def test_the_export_has_the_learned_prior_and_the_weights() -> None:
+    post = posterior(centre, make_tasks({"x": [], "z": [1.0, 3.0]}))
+    exported = post.to_arviz()
+    prior = np.asarray(exported["prior"]["a"])
+    assert prior.shape == (1, *post.draws("a").shape)
+    assert abs(prior.std(1) / post.draws("a")[:, :1].std() - 1).max() < 0.2
+    assert exported["sample_stats"]["log_weight"].shape == (1, prior.shape[1], 2)
 
 
 def test_a_file_of_the_export_is_read_back(plain: Posterior, tmp_path: Any) -> None:
