@@ -2,7 +2,7 @@
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
-from bayesmeta.fitting import Fit, fit, load, simulate
+from bayesmeta.fitting import Fit, fit, load
 from bayesmeta.hierarchy import likelihoods, priors
 from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel, with_conditional
 from bayesmeta.inference import guides
@@ -12,6 +12,7 @@ from bayesmeta.inference.training import Optimizer
 from bayesmeta.results.conditional import ConditionalFit, ConditionalPrediction
 from bayesmeta.results.posterior import Posterior
 from bayesmeta.results.prediction import Prediction
+from bayesmeta.results.simulation import simulate
 
 __version__ = "0.1.0"
 

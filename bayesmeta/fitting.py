@@ -286,45 +286,6 @@ class Fit:
         return parts
 
 
-def simulate(model: Model, *, like: Tasks, n: int | None = None, seed: int = 0) -> tuple[Tasks, dict[str, np.ndarray]]:
-    """Simulates tasks from a model's prior.
-
-    Args:
-        model: Pyro function of a `Batch`.
-        like: Tasks that lend their x, columns and sizes, in turn.
-        n: Number of tasks; None as many as `like`.
-        seed: Of the simulation.
-
-    Returns:
-        Tasks with simulated labels, and the true value of every site (`(*event)` shared, `(task, *event)` per task).
-    """
-    check_model(model)
-    if isinstance(model, ConditionalModel):
-        raise ValueError(
-            "a ConditionalModel has no prior to simulate from; write a Pyro function of a batch or a HierarchicalModel"
-        )
-    check_tasks("like", like)
-    check_whole("n", len(like) if n is None else n, 1)
-    check_whole("seed", seed, 0)
-    count = len(like) if n is None else int(n)
-    copies = like.copies(np.arange(count) % len(like), names=[f"simulated {i + 1}" for i in range(count)])
-    with seeded(seed):
-        density = TaskDensity(model, copies)
-        batch = copies.batch(np.arange(count))
-        values, outcomes = density.simulate(batch)
-    labels = [outcomes[site] for site in density.structure.outcomes]
-    if not labels:
-        raise ValueError("the model has no observed site to simulate, only factors (pyro.factor)")
-    drawn = labels[0] if len(labels) == 1 else torch.stack(torch.broadcast_tensors(*labels), -1)
-    if drawn.numel() != batch.y.numel():
-        raise ValueError(
-            f"the observed sites {list(density.structure.outcomes)} give labels of shape {tuple(drawn.shape)} (tasks, "
-            f"rows, …), the tasks have {tuple(batch.y.shape)}; simulate from a model with one observed site an output"
-        )
-    simulated = copies.with_labels(drawn.reshape(batch.y.shape)[batch.mask].to(copies.y.dtype))
-    return simulated, {name: value.numpy() for name, value in values.items()}
-
-
 def _options(method: str | Amortized) -> Amortized:
     if isinstance(method, str):
         check_choice("method", method, tuple(METHODS))

@@ -89,7 +89,7 @@ def test_rare_positives() -> None:
 
 
 def test_uranium() -> None:
-    found = load("uranium").main(steps=STEPS, progress=False)
+    found = load("uranium").main(progress=False)
     assert 0.5 < found["gamma"] < 1.1
     assert found["tau"] < 0.28, "log uranium explains much of what lies between counties (0.33 without it)"
     assert found["rich minus poor"] == pytest.approx(found["expected difference"], abs=0.2)

@@ -198,17 +198,6 @@ def test_predictions_from_a_context(fit: bm.Fit) -> None:
     assert np.array_equal(predicted.draws, fit.posterior(context).predict(np.zeros((2, 0))).draws)
 
 
-def test_simulation_recovers_its_truth() -> None:
-    like = bm.Tasks.from_arrays(None, [np.zeros(400), np.zeros(300)])
-    simulated, truth = bm.simulate(centre, like=like, n=5, seed=3)
-    again, _ = bm.simulate(centre, like=like, n=5, seed=3)
-    assert len(simulated) == 5 and simulated.sizes.tolist() == [400, 300, 400, 300, 400]
-    assert truth["mu"].shape == () and truth["a"].shape == (5,)
-    means = [float(part.y.mean()) for part in simulated]
-    assert np.abs((means - truth["a"]) * np.sqrt(simulated.sizes)).max() < 4 * SIGMA
-    assert torch.equal(simulated.y, again.y)
-
-
 def test_a_point_estimate_says_that_the_uncertainty_of_theta_is_missing(tasks: bm.Tasks) -> None:
     fit = bm.fit(centre, tasks, method=options(300, shared="map"), progress=False)
     mean, sd = exact(ROWS)

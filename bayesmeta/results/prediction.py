@@ -130,11 +130,19 @@ def predict(
 
 def choose_site(density: TaskDensity, site: str | None) -> str:
     """The observed site to predict."""
-    sites = density.structure.outcomes
-    if not sites and getattr(density.model, "conditional", None) is not None:
-        sites = tuple(s.name for s in density.structure.observed if not s.shared)
+    conditional = getattr(density.model, "conditional", None) is not None
+    sites = density.structure.outcomes or (_scored(density) if conditional else ())
     if not sites:
         raise ValueError("the model has no observed site that can be predicted, only factors (pyro.factor)")
+    return _chosen(sites, site)
+
+
+def _scored(density: TaskDensity) -> tuple[str, ...]:
+    """Observed sites of tasks, factors included."""
+    return tuple(site.name for site in density.structure.observed if not site.shared)
+
+
+def _chosen(sites: tuple[str, ...], site: str | None) -> str:
     if site is None and len(sites) > 1:
         raise ValueError(f"the model has several observed sites {list(sites)}; choose one with site=")
     if site is not None and site not in sites:
@@ -144,10 +152,7 @@ def choose_site(density: TaskDensity, site: str | None) -> str:
 
 def log_rows(density: TaskDensity, tasks: Tasks, paired: Draws, *, site: str | None) -> np.ndarray:
     """Log likelihood of every row under every draw: `(draw, task, rows)`, NaN where there is no row or label."""
-    sites = [s.name for s in density.structure.observed if not s.shared]
-    if site is None and len(sites) > 1:
-        raise ValueError(f"the model has several observed sites {sites}; choose one with site=")
-    values = _over_pairs(density, tasks, paired, density.log_rows, sites[0] if site is None else site)
+    values = _over_pairs(density, tasks, paired, density.log_rows, _chosen(_scored(density), site))
     return np.where(_observed(tasks, values.shape[2]), values, np.nan)
 
 
@@ -164,13 +169,7 @@ def _observed(tasks: Tasks, rows: int) -> np.ndarray:
 
 def flat_labels(y: Any, target: Tasks) -> Tensor:
     """Outcomes as one tensor over all rows, checked against the rows that were predicted."""
-    dims = len(target.schema.y_shape)
-    if not isinstance(y, list | tuple):
-        y = np.asarray(y)
-        if y.ndim not in (1 + dims, 2 + dims):
-            raise ValueError(f"y: expected (M, *dy) or (task, M, *dy) with dy {target.schema.y_shape}, got {y.shape}")
-        y = [y] * len(target) if y.ndim == 1 + dims else _real_rows(y, target.sizes)
-    parts = [np.asarray(part) for part in y]
+    parts = [np.asarray(part) for part in _parts(y, target)]
     if len(parts) != len(target):
         raise ValueError(f"y: expected {len(target)} arrays, one a task, got {len(parts)}")
     for name, part, n in zip(target.names, parts, target.sizes, strict=True):
@@ -179,6 +178,16 @@ def flat_labels(y: Any, target: Tasks) -> Tensor:
         if not np.isfinite(part.astype(float)).all():
             raise ValueError(f"y of task {name!r} has values that are not finite; score only observed rows")
     return torch.as_tensor(np.concatenate(parts)).to(target.y.dtype)
+
+
+def _parts(y: Any, target: Tasks) -> list[Any]:
+    """Outcomes task by task."""
+    if isinstance(y, list | tuple):
+        return list(y)
+    y, dims = np.asarray(y), len(target.schema.y_shape)
+    if y.ndim not in (1 + dims, 2 + dims):
+        raise ValueError(f"y: expected (M, *dy) or (task, M, *dy) with dy {target.schema.y_shape}, got {y.shape}")
+    return [y] * len(target) if y.ndim == 1 + dims else _real_rows(y, target.sizes)
 
 
 def _real_rows(y: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
