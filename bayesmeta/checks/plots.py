@@ -106,7 +106,8 @@ def arrival(
         axis.set_xticks(position, counts)
         axis.set(xlabel=rows, ylabel=names[component])
         axis.margins(x=0.1)
-    _legend(axes[0])
+    handles, texts = axes[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=4, fontsize=FONT - 2, frameon=False)
     figure.suptitle(title, fontsize=FONT + 1)
     return figure
 
