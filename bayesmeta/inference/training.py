@@ -106,7 +106,7 @@ def _run_stage(
     groups = [g for g in groups if g["params"]]
     adam = torch.optim.Adam([dict(g) for g in groups], fused=True, betas=(0.9, 0.99))
     peaks = [g["lr"] for g in groups]
-    average, last_quarter = math.nan, []
+    report = _Report(steps, history, bar, start)
     for step in range(steps):
         factor = min(1.0, (step + 1) / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, peak in zip(adam.param_groups, peaks, strict=True):
@@ -115,17 +115,38 @@ def _run_stage(
         value = loss()
         value.backward()
         adam.step()
-        now = float(value.detach())
-        if step >= int(0.75 * steps):
-            last_quarter.append(-now)
-        average = now if math.isnan(average) else (1 - SMOOTHING) * average + SMOOTHING * now
-        if step % REPORT_EVERY == 0 or step == steps - 1:
-            ess = history.stages[-1]["ess"] if history.stages else math.nan
-            record = {"step": bar_position(history, step), "elbo": -average, "ess": ess}
-            history.steps.append(record | {"seconds": time.perf_counter() - start})
-            bar.set_postfix(elbo=f"{-average:.4g}", ess="?" if math.isnan(ess) else f"{ess:.2f}", refresh=False)
-        bar.update(1)
-    return sum(last_quarter) / len(last_quarter)
+        report(step, -float(value.detach()))
+    return report.bound()
+
+
+class _Report:
+    """Follows the bound of a stage: a running average for the bar and the history, the mean of the last quarter."""
+
+    def __init__(self, steps: int, history: History, bar: Any, start: float) -> None:
+        self._steps, self._history, self._bar, self._start = steps, history, bar, start
+        self._ess = history.stages[-1]["ess"] if history.stages else math.nan
+        self._average = math.nan
+        self._last_quarter: list[float] = []
+
+    def __call__(self, step: int, bound: float) -> None:
+        """Takes note of a step."""
+        if step >= int(0.75 * self._steps):
+            self._last_quarter.append(bound)
+        first = math.isnan(self._average)
+        self._average = bound if first else (1 - SMOOTHING) * self._average + SMOOTHING * bound
+        if step % REPORT_EVERY == 0 or step == self._steps - 1:
+            self._record(step)
+        self._bar.update(1)
+
+    def _record(self, step: int) -> None:
+        record = {"step": bar_position(self._history, step), "elbo": self._average, "ess": self._ess}
+        self._history.steps.append(record | {"seconds": time.perf_counter() - self._start})
+        ess = "?" if math.isnan(self._ess) else f"{self._ess:.2f}"
+        self._bar.set_postfix(elbo=f"{self._average:.4g}", ess=ess, refresh=False)
+
+    def bound(self) -> float:
+        """The mean bound of the last quarter."""
+        return sum(self._last_quarter) / len(self._last_quarter)
 
 
 def bar_position(history: History, step: int) -> int:

@@ -48,19 +48,23 @@ def restored(where: str, plain: Mapping[str, Any], kinds: Mapping[str, type[Any]
     if given is not None:
         check_same(where, plain, describe(given))
         return given
-    objects = {name: value[OBJECT] for name, value in plain.items() if isinstance(value, dict) and OBJECT in value}
     kind = {cls.__name__: cls for cls in kinds.values()}.get(plain["options"])
     if kind is None:
         raise ValueError(
             f"cannot load {where}: it uses the options {plain['options']}, unknown here; upgrade bayesmeta"
         )
+    _check_storable(where, plain)
+    return _rebuilt(plain, kind)
+
+
+def _check_storable(where: str, plain: Mapping[str, Any]) -> None:
+    objects = {name: value[OBJECT] for name, value in plain.items() if isinstance(value, dict) and OBJECT in value}
     if objects:
         wanted = ", ".join(f"{name}={value}" for name, value in objects.items())
         raise ValueError(
             f"cannot load {where}: the fit used objects that cannot be stored: {wanted}; give the same options again: "
             f"bm.load(path, model, method=bm.{plain['options']}({', '.join(f'{name}=…' for name in objects)}))"
         )
-    return _rebuilt(plain, kind)
 
 
 def _rebuilt(plain: Mapping[str, Any], kind: type[Any]) -> Any:

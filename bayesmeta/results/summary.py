@@ -84,34 +84,43 @@ def to_arviz(posterior: Results) -> Any:
 
     `prior` holds draws of the learned prior at the same θ; `sample_stats` the log weight of each draw's candidate.
     """
-    density, tasks = posterior.density, posterior.tasks
-    task = [density.schema.task]
-    dims: dict[str, list[str]] = {}
-    sampled: dict[str, np.ndarray] = {}
-    for name in posterior.sites:
-        sampled[name] = posterior.draws(name)[None]
-        dims[name] = task + [f"{name}_dim_{i}" for i in range(sampled[name].ndim - 3)]
-    for name, values in posterior.shared.items():
-        sampled[name] = values[None]
-        lead = [] if posterior.joint else task
-        dims[name] = lead + [f"{name}_dim_{i}" for i in range(values.ndim - 1 - len(lead))]
-    groups: dict[str, dict[str, np.ndarray]] = {"posterior": sampled}
-    if max(tasks.sizes) > 0:
-        groups |= _data_groups(posterior, dims) | _row_groups(posterior, dims)
+    task = [posterior.density.schema.task]
+    dims: dict[str, list[str]] = {"log_weight": task}
+    groups = {"posterior": _draw_group(posterior, dims)}
     groups["prior"] = {name: values[None] for name, values in posterior.prior().items()}
     groups["sample_stats"] = {"log_weight": posterior.log_weight()[None]}
-    dims["log_weight"] = task
-    groups = {name: group for name, group in groups.items() if group}
-    groups["constant_data"] = {
+    if max(posterior.tasks.sizes) > 0:
+        groups |= _data_groups(posterior, dims) | _row_groups(posterior, dims)
+    groups["constant_data"] = _diagnostics(posterior, dims) | groups.get("constant_data", {})
+    remark = "draw s of all tasks is one joint draw" if posterior.joint else "tasks were inferred independently"
+    filled = {name: group for name, group in groups.items() if group}
+    return export(filled, dims=dims, coords={task[0]: list(posterior.tasks.names)}, attrs={"draws": remark})
+
+
+def _draw_group(posterior: Results, dims: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """Draws of task parameters and of θ, the latter a task where the draws are not joint."""
+    task = [posterior.density.schema.task]
+    sampled = {name: posterior.draws(name)[None] for name in posterior.sites}
+    dims |= {name: task + _further(name, values.ndim - 3) for name, values in sampled.items()}
+    shared = {name: values[None] for name, values in posterior.shared.items()}
+    lead = [] if posterior.joint else task
+    dims |= {name: lead + _further(name, values.ndim - 2 - len(lead)) for name, values in shared.items()}
+    return sampled | shared
+
+
+def _diagnostics(posterior: Results, dims: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    found = {
         "khat": posterior.khat,
         "relative_ess": posterior.ess,
         "method": posterior.method.astype(str),
         "flag": posterior.flag.astype(str),
-        **groups.get("constant_data", {}),
     }
-    dims |= {name: task for name in ("khat", "relative_ess", "method", "flag")}
-    remark = "draw s of all tasks is one joint draw" if posterior.joint else "tasks were inferred independently"
-    return export(groups, dims=dims, coords={task[0]: list(tasks.names)}, attrs={"draws": remark})
+    dims |= {name: [posterior.density.schema.task] for name in found}
+    return found
+
+
+def _further(name: str, count: int) -> list[str]:
+    return [f"{name}_dim_{i}" for i in range(count)]
 
 
 def _row_groups(posterior: Results, dims: dict[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
@@ -141,7 +150,7 @@ def _data_groups(posterior: Results, dims: dict[str, list[str]]) -> dict[str, di
 
 
 def _row_dims(posterior: Results, name: str, further: int) -> list[str]:
-    return [posterior.density.schema.task, "row", *[f"{name}_dim_{i}" for i in range(further)]]
+    return [posterior.density.schema.task, "row", *_further(name, further)]
 
 
 def _masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

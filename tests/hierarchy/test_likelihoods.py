@@ -336,6 +336,7 @@ def test_data_outside_the_support_are_refused(case: tuple[Any, dict[int, float],
 def test_missing_labels_are_not_judged() -> None:
     tasks = Tasks.from_arrays(None, [[1.0, float("nan")], [0.0]], missing="mask")
     likelihoods.Bernoulli().check(tasks)
+    assert not tasks.observed.all()
 
 
 def test_columns_must_exist() -> None:
