@@ -47,9 +47,9 @@ def assert_close(mean: Any, sd: Any, answer: tuple[Any, Any], effective: float) 
     assert z_mean.max() < 4 and z_sd.max() < 4, f"{z_mean.max():.1f} and {z_sd.max():.1f} standard errors"
 
 
-def effective(fit: bm.Fit, post: bm.Posterior) -> float:
+def effective(fit: bm.Fit, post: bm.Posterior, draws: int = DRAWS) -> float:
     """Draws that count: those of θ and of the worst task; weights are estimates, hence the half."""
-    return DRAWS * fit.shared.ess * float(post.ess.min()) / 2
+    return draws * fit.shared.ess * float(post.ess.min()) / 2
 
 
 def moments(exact: Exact, posterior: str) -> dict[str, tuple[float, float]]:
@@ -79,11 +79,11 @@ def test_radon(exact: Exact) -> None:
     homes = pd.read_csv(HOMES).sort_values("county", kind="stable")
     tasks = bm.Tasks.from_dataframe(homes, task="county", x=["floor"], y="log_radon")
     fit = bm.fit(radon, tasks, method=method(900, lr=2e-2), progress=False)
-    post = fit.posterior(tasks, draws=DRAWS)
+    post = fit.posterior(tasks, draws=1000)
     known = moments(exact, "radon_mn_variable_intercept_slope")
     assert fit.shared.status == "corrected" and fit.shared.ess > 0.25
     assert (post.flag == "").mean() > 0.97
-    count = effective(fit, post)
+    count = effective(fit, post, 1000)
     for site, names in {
         "mu": ["mu_alpha", "mu_beta"],
         "tau": ["sigma_alpha", "sigma_beta"],
@@ -231,10 +231,10 @@ def test_a_neural_predictor_whose_last_layer_is_phi() -> None:
                 pyro.sample("y", dist.Normal((net(batch.x) * phi).sum(-1), sigma), obs=batch.y)
 
     rng = np.random.default_rng(0)
-    x = [rng.uniform(-3, 3, (n, 1)) for n in np.tile([2, 3, 4, 6], 20)]
+    x = [rng.uniform(-3, 3, (n, 1)) for n in np.tile([2, 3, 4, 6], 10)]
     y = [rng.normal(1, 0.5) * np.sin(v[:, 0] + rng.uniform(0, 1)) + 0.3 * rng.normal(size=len(v)) for v in x]
     tasks = bm.Tasks.from_arrays(x, y)
-    known, new = tasks[:78], tasks[78:]
+    known, new = tasks[:38], tasks[38:]
     fit = bm.fit(model, known, method=method(400), progress=False)
     sigma = round(float(fit.shared.mean("sigma")), 2)
     post = fit.posterior(new, draws=DRAWS, shared={"sigma": sigma})
@@ -288,14 +288,14 @@ def classes(batch: bm.Batch) -> None:
 def test_image_episodes() -> None:
     rng = np.random.default_rng(1)
     tau, pictures, labels = 1.5, [], []
-    for _ in range(60):
+    for _ in range(26):
         x = rng.normal(size=(10, 8, 8))
         scores = np.concatenate([np.zeros((10, 1)), halves(x) * rng.normal(0, tau, 2)], 1)
         pictures.append(x.astype(np.float32))
         labels.append((scores + rng.gumbel(size=(10, 3))).argmax(1))
     tasks = bm.Tasks.from_arrays(pictures, labels)
-    known, new = tasks[:58], tasks[58:]
-    fit = bm.fit(classes, known, method=method(400, embed=Look()), progress=False)
+    known, new = tasks[:24], tasks[24:]
+    fit = bm.fit(classes, known, method=method(300, embed=Look()), progress=False)
     assert abs(fit.shared.mean("tau") - tau) < 4 * fit.shared.sd("tau")
     post = fit.posterior(new, draws=DRAWS, shared={"tau": tau})
     ahead = rng.normal(size=(4, 8, 8)).astype(np.float32)

@@ -86,11 +86,12 @@ def train(
     behind = len(history.stages)
     start = time.perf_counter() - (history.stages[-1]["seconds"] if behind else 0.0)
     stages = optimizer.stages()
-    shown = {"total": sum(stages), "initial": sum(stages[:behind]), "unit": "step", "leave": False}
+    shown = {"total": sum(stages[: behind + 1]), "initial": sum(stages[:behind]), "unit": "step", "leave": False}
     with tqdm(disable=not progress, **shown) as bar:
         for stage, steps in list(enumerate(stages))[behind:]:
             if history.stages and history.stages[-1]["done"]:
                 break
+            bar.total = sum(stages[: stage + 1])  # a later stage may not be needed
             between()
             bound = _run_stage(loss, groups, steps, history, bar, start)
             record = dict(judge(bound), stage=stage, steps=steps, seconds=time.perf_counter() - start)

@@ -15,7 +15,6 @@ from pyro import poutine
 from scipy.stats import multivariate_normal, norm
 from torch import Tensor
 
-import bayesmeta as bm
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
@@ -240,14 +239,3 @@ def test_new_columns_reach_the_likelihood() -> None:
     assert close(found.mean[0], found.sd[0], (0.0, np.array([0.1, 2.0])), DRAWS)
     with pytest.raises(ValueError, match="se"):
         tasks.at(np.zeros((2, 0)))
-
-
-def test_a_fit_predicts_known_tasks_from_all_draws() -> None:
-    options = bm.Amortized(optimizer=bm.Optimizer(steps=60))
-    from conjugate import centre, exact
-
-    fit = bm.fit(centre, make_tasks(ROWS), method=options, progress=False)
-    found = fit.posterior(make_tasks(ROWS), draws=4000).predict(NEW)
-    mean, covariance = exact(ROWS)
-    spread = np.sqrt(np.diag(covariance)[:-1] + SIGMA**2)
-    assert close(found.mean[:, 0], found.sd[:, 0], (mean[:-1], spread), 4000 * fit.shared.ess / 2)
