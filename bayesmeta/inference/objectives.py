@@ -5,6 +5,7 @@ The guide is the pair of a shared posterior and a task guide (`Guides`); the los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +83,7 @@ def importance_weighted(density: TaskDensity, guides: Guides, step: Step) -> tup
     noise = posterior.sample()
     log_p = density.log_task.mapped(repeated, noise, step.context.data, guides.values, in_dims=(0, 0, None, None))
     log_q = posterior.log_prob(noise)
-    evidence = (log_p - log_q).logsumexp(0) - torch.log(torch.tensor(float(step.draws)))
+    evidence = (log_p - log_q).logsumexp(0) - math.log(step.draws)
     shared = (density.log_prior(theta, guides.values) - log_q_shared).squeeze(0)
     value = shared + step.tasks * evidence.mean(dtype=torch.float64)
     return -value / step.tasks, {"log_p": log_p, "theta": theta, "noise": noise}
@@ -117,7 +118,7 @@ def _log_joint(
     others = [by_theta, *by_values.values()]
     if len(step.pieces) > 1:
         log_p, by_noise, others = _more_pieces(density, guides, step, theta, noise, (log_p, by_noise, others))
-    total = scale * log_p.sum(dtype=torch.float64) + log_prior.sum(dtype=torch.float64)
+    total = scale * log_p.sum() + log_prior.sum()
     return log_p, total, [by_noise, *others]
 
 
@@ -150,7 +151,7 @@ def _log_q(
     """J = Σ_s [log q(θ_s) + scale · Σ_i log q(φ_i | D_i, θ_s)] and ∇J for noise and θ; q's parameters are fixed."""
     at = noise.detach().requires_grad_()
     with torch.enable_grad():
-        tasks = scale * posterior.log_prob(at).sum(dtype=torch.float64)
+        tasks = scale * posterior.log_prob(at).sum()
         total = tasks + guides.shared.log_prob(theta).sum()
     inputs = [at, theta] if theta.requires_grad else [at]
     return total.detach(), torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True)

@@ -60,12 +60,14 @@ class NormalShared(SharedPosterior):
 
     def log_prob(self, theta: Tensor, *, wide: bool = False) -> Tensor:
         """Log density `(S,)`, parameters held fixed."""
-        factor = self.factor().detach() * (WIDE if wide else 1.0)
-        centred = (theta - self.origin) / self.unit - self.mean.detach()
-        white = torch.linalg.solve_triangular(factor, centred.mT, upper=False)
-        log_det = -(factor.diagonal() * self.unit).log().sum()
+        with torch.no_grad():
+            loc = self.origin + self.unit * self.mean
+            factor = WIDE * self.factor() if wide else self.factor()
+            inverse = torch.linalg.solve_triangular(factor, self.unit.reciprocal().diag(), upper=False)
+            log_det = inverse.diagonal().log().sum()
+        white = (theta - loc) @ inverse.mT
         density = student_t_log_prob if wide else normal_log_prob
-        return density(white.square().sum(0), log_det, theta.shape[-1])
+        return density(white.square().sum(-1), log_det, theta.shape[-1])
 
     def centre(self) -> tuple[Tensor, Tensor]:
         """Mean and marginal sd `(d,)`, detached."""
