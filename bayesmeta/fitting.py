@@ -312,7 +312,8 @@ def _check_support(density: TaskDensity, tasks: Tasks) -> None:
         for site, rows in outside.items():
             bad = rows.any(-1).nonzero().flatten().tolist()
             if bad:
+                others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
                 raise ValueError(
-                    f"site {site!r}: data of task {tasks.names[index[bad[0]]]!r} (and {len(bad) - 1} more) lie outside "
+                    f"site {site!r}: data of task {tasks.names[index[bad[0]]]!r}{others} lie outside "
                     "the support of the likelihood; check the labels, or choose a likelihood that allows them"
                 )

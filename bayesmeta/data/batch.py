@@ -94,7 +94,8 @@ class Batch:
         inputs = self.schema.x if self.schema.x_shape == (len(self.schema.x),) else ()
         if column in inputs:
             return self.x[..., inputs.index(column)]
-        raise ValueError(unknown("column", column, (*self.schema.columns, *self.schema.task_columns, *inputs)))
+        known = unknown("column", column, (*self.schema.columns, *self.schema.task_columns, *inputs))
+        raise ValueError(f"batch[{column!r}]: {known} Name it in columns= or task_columns= of the Tasks.")
 
     def replace(self, tensors: dict[str, Tensor]) -> Batch:
         """Returns a batch with the same names and schema and other tensors."""

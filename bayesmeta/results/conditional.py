@@ -26,7 +26,7 @@ from bayesmeta.inference.conditional import module_dtype
 from bayesmeta.inference.training import History
 from bayesmeta.results import storage
 from bayesmeta.results.coupled import join_rows, take_rows
-from bayesmeta.results.prediction import flat_labels, row_mask
+from bayesmeta.results.prediction import row_mask, scored
 
 CHUNK_TASKS = 4096
 KIND = "conditional fit"
@@ -42,6 +42,7 @@ class ConditionalPrediction:
         mask: Real rows `(task, M)`.
         kind: "outcome" or "mean".
         joint: Whether rows were drawn together.
+        labelled: Whether the new rows came with labels, as `Tasks`.
     """
 
     names: tuple[str, ...]
@@ -52,6 +53,7 @@ class ConditionalPrediction:
     fit: ConditionalFit = field(repr=False)
     context: Tasks = field(repr=False)
     target: Tasks = field(repr=False)
+    labelled: bool = True
 
     @property
     def mean(self) -> np.ndarray:
@@ -84,8 +86,11 @@ class ConditionalPrediction:
 
         Returns:
             `(task, M)`, NaN where there is no row or label; with `joint`, `(task,)`.
+
+        Raises:
+            ValueError: Shapes do not fit, or there are no outcomes: `predict` was given inputs alone.
         """
-        labelled = self.target if y is None else self.target.with_labels(flat_labels(y, self.target))
+        labelled = scored(self.target, y, labelled=self.labelled)
         rows = self.fit._score(self.context, labelled, chained=joint and self.joint)
         return np.nansum(rows, 1) if joint else rows
 
@@ -152,7 +157,8 @@ class ConditionalFit:
         target = context.at(x, columns)
         with seeded(seed), torch.no_grad(), model_context(self._dtype):
             values = self._draws(context, target, kind, 1 if kind == "mean" else draws, joint)
-        return ConditionalPrediction(target.names, values, row_mask(target), kind, joint, self, context, target)
+        mask, labelled = row_mask(target), isinstance(x, Tasks)
+        return ConditionalPrediction(target.names, values, mask, kind, joint, self, context, target, labelled)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the fit to one file, complete or not at all.

@@ -182,6 +182,7 @@ class Posterior:
             seed=self.seed,
             context=self.tasks,
             joint=joint,
+            labelled=isinstance(x, Tasks),
         )
 
     def log_likelihood(self, site: str | None = None) -> np.ndarray:

@@ -35,6 +35,7 @@ class Prediction:
         mask: Real rows `(task, M)`.
         site: The observed site.
         kind: "outcome" or "mean".
+        labelled: Whether the new rows came with labels, as `Tasks`.
     """
 
     names: tuple[str, ...]
@@ -46,6 +47,11 @@ class Prediction:
     target: Tasks = field(repr=False)
     paired: Draws = field(repr=False)
     coupled: CoupledRows | None = field(default=None, repr=False)
+    labelled: bool = True
+
+    def __repr__(self) -> str:
+        draws, tasks, rows = self.draws.shape[:3]
+        return f"Prediction(site={self.site!r}, kind={self.kind!r}, {tasks} tasks, up to {rows} rows, {draws} draws)"
 
     @property
     def mean(self) -> np.ndarray:
@@ -78,8 +84,11 @@ class Prediction:
 
         Returns:
             `(task, M)`, NaN where there is no row; with `joint`, `(task,)`.
+
+        Raises:
+            ValueError: Shapes do not fit, or there are no outcomes: `predict` was given inputs alone.
         """
-        labelled = self.target if y is None else self.target.with_labels(flat_labels(y, self.target))
+        labelled = scored(self.target, y, labelled=self.labelled)
         if self.coupled is not None:
             rows = self.coupled.log_prob(labelled, joint=joint)
         else:
@@ -99,6 +108,7 @@ def predict(
     seed: int = 0,
     context: Tasks | None = None,
     joint: bool = False,
+    labelled: bool = True,
 ) -> Prediction:
     """Draws the observed site at the rows of `target`.
 
@@ -111,6 +121,7 @@ def predict(
         seed: Of the outcome noise.
         context: The tasks with their own rows, which new rows depend on where the likelihood couples them.
         joint: Coherent draws, row by row, where a `conditional` gives each row alone.
+        labelled: Whether the labels of `target` are outcomes, not placeholders.
 
     Raises:
         ValueError: Unknown kind or site, several sites and none chosen, or nothing that can be predicted.
@@ -125,7 +136,7 @@ def predict(
             draws = coupled.draws(kind, joint=joint)
         else:
             draws = _over_pairs(density, target, paired, function, site)
-    return Prediction(target.names, draws, row_mask(target), site, kind, density, target, paired, coupled)
+    return Prediction(target.names, draws, row_mask(target), site, kind, density, target, paired, coupled, labelled)
 
 
 def choose_site(density: TaskDensity, site: str | None) -> str:
@@ -165,6 +176,17 @@ def row_mask(tasks: Tasks) -> np.ndarray:
 def _observed(tasks: Tasks, rows: int) -> np.ndarray:
     batch = tasks.batch(np.arange(len(tasks)), rows=rows)
     return (batch.mask & batch.observed.flatten(2).any(-1) if batch.observed.dim() > 2 else batch.observed).numpy()
+
+
+def scored(target: Tasks, y: Any, *, labelled: bool) -> Tasks:
+    """The predicted rows with the outcomes to score: `y`, or by default the labels that they came with."""
+    if y is not None:
+        return target.with_labels(flat_labels(y, target))
+    if not labelled:
+        raise ValueError(
+            "log_prob: expected outcomes, got none: predict was given inputs alone; pass y, or Tasks to predict"
+        )
+    return target
 
 
 def flat_labels(y: Any, target: Tasks) -> Tensor:

@@ -98,6 +98,8 @@ def test_ragged_rows_and_labels_of_tasks(fit: ConditionalFit, context: bm.Tasks)
         whole = fit.predict(context, X, joint=joint, draws=20)
         assert predicted.log_prob(joint=True)[0] == pytest.approx(whole.log_prob(LABELS, joint=True)[0])
         assert predicted.log_prob(joint=True)[2] == 0.0
+        with pytest.raises(ValueError, match="expected outcomes, got none: predict was given inputs alone; pass y"):
+            whole.log_prob()
 
 
 def test_a_saved_fit_is_the_same_fit(fit: ConditionalFit, context: bm.Tasks, tmp_path: pathlib.Path) -> None:

@@ -118,6 +118,7 @@ def test_labels_that_came_with_the_rows_are_scored() -> None:
     explicit = found.log_prob([np.array(y) for y in ROWS.values()])
     np.testing.assert_allclose(found.log_prob(), explicit)
     assert found.log_prob().shape == (5, 6)
+    assert repr(found) == "Prediction(site='y', kind='outcome', 5 tasks, up to 6 rows, 30 draws)"
 
 
 def test_missing_labels_are_not_scored() -> None:
