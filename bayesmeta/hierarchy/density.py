@@ -45,7 +45,7 @@ class TaskDensity:
         log_parts: The same as two terms, log p(φ_i | θ) and log p(D_i | φ_i, θ).
         log_task_unconstrained: The same in plain unconstrained coordinates.
         constrain: `(theta, noise, data, values) -> {site: value}`; task sites `(T, *event)`.
-        log_rows: `(theta, noise, data, values) -> {site: (T, N)}` log likelihood of each row.
+        log_rows: `(theta, noise, data, values) -> {site: (T, N)}` log likelihood of each row, NaN where it is masked.
         outcomes, means: Draws and means of the observed sites at the rows of `data`.
         normals: `{site: (loc (T, 1, N), Cholesky factor (T, 1, N, N), data (T, 1, N))}` of multivariate normal sites.
         prior_noise: `(theta, zeros (T, d), data, values) -> (T, d)` draws of the prior, in whitened coordinates.
@@ -67,7 +67,7 @@ class TaskDensity:
         self.log_task_unconstrained = self._recorded(lambda trace, latents: trace.log_task(), whitened=False)
         self.log_parts = self._recorded(lambda trace, latents: (trace.log_prior(), trace.log_likelihood()))
         self.constrain = self._recorded(lambda trace, latents: self._task_values(trace))
-        self.log_rows = self._recorded(lambda trace, latents: dict(trace.rows))
+        self.log_rows = self._recorded(lambda trace, latents: trace.kept_rows())
         self.outcomes = self._recorded(lambda trace, latents: dict(trace.outcomes), outcome="sample", random=True)
         self.means = self._recorded(lambda trace, latents: dict(trace.outcomes), outcome="mean")
         self.normals = self._recorded(lambda trace, latents: dict(trace.normals), outcome="normal")

@@ -13,6 +13,7 @@ import logging
 import operator
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,10 +110,15 @@ def model_context(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch for a block and gives the caller's random state back afterwards."""
+def seeded(seed: int, purpose: str = "") -> Iterator[None]:
+    """Seeds torch for a block and gives the caller's random state back afterwards.
+
+    Args:
+        seed: The seed.
+        purpose: One seed gives every purpose random numbers of its own; without, they would repeat each other.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed ^ zlib.crc32(purpose.encode()))
         yield
 
 

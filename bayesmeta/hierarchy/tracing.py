@@ -94,10 +94,18 @@ class Trace:
     shared_prior: Tensor = field(default_factory=lambda: torch.zeros(()))
     task_prior: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
     outcomes: dict[str, Tensor] = field(default_factory=dict)
     normals: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     latent: list[tuple[str, bool, dist.TorchDistribution]] = field(default_factory=list)
     observed: list[ObservedSite] = field(default_factory=list)
+
+    def kept_rows(self) -> dict[str, Tensor]:
+        """Log likelihood of each row and site `(T, N)`, NaN where the site's mask leaves the row out."""
+        return {
+            name: torch.where(self.kept[name], rows, math.nan) if name in self.kept else rows
+            for name, rows in self.rows.items()
+        }
 
     def log_prior(self) -> Tensor:
         """Log prior density of each task's parameters, `(T,)`."""
@@ -246,6 +254,9 @@ class _Handler(Messenger):
             return
         terms = _score(msg, value)
         if in_tasks:
+            kept = None if factor else _kept(fn, msg["mask"])
+            if kept is not None:
+                self.trace.kept[name] = kept
             self.trace.rows[name] = _task_first(name, terms, self.trace.tasks)
         else:
             self.trace.shared_prior = self.trace.shared_prior + terms.sum()

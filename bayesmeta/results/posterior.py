@@ -206,7 +206,7 @@ class Posterior:
         theta = self.paired()[0][:, 0]
         empty = theta.new_zeros(len(theta), len(self.tasks), self.density.structure.task_size)
         data = self.density.tensors(self.tasks.batch(np.arange(len(self.tasks))))
-        with seeded(self.seed), torch.no_grad():
+        with seeded(self.seed, "prior"), torch.no_grad():
             noise = self.density.prior_noise.mapped(
                 theta, empty, data, dict(self.density.learned.values), in_dims=BY_DRAW
             )

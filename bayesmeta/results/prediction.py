@@ -131,7 +131,7 @@ def predict(
     site = choose_site(density, site)
     coupled = coupled_rows(density, context, target, paired, site)
     function = density.outcomes if kind == "outcome" else density.means
-    with seeded(seed):
+    with seeded(seed, "outcomes"):
         if coupled is not None:
             draws = coupled.draws(kind, joint=joint)
         else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.results.prediction import flat_labels, log_rows, predict, row_mask
 
 MU, DRAWS = 0.7, 20_000
@@ -163,12 +164,24 @@ def test_several_observed_sites_need_a_choice() -> None:
     np.testing.assert_allclose(size.log_prob()[0], norm(0.8, 0.5).logpdf([0.1, 0.3]))
 
 
-def _frame(y: list[np.ndarray]) -> Tasks:
+def test_missing_outputs_have_no_score() -> None:
+    y = [np.array([[0.1, math.nan], [0.3, 2.0]]), np.array([[math.nan, 1.0]])]
+    tasks = _frame(y, missing="mask")
+    read = TaskDensity(outputs, tasks)
+    pairs = torch.zeros(3, 2, 0, dtype=torch.float64), torch.full((3, 2, 1), 0.8, dtype=torch.float64)
+    size, count = (log_rows(read, tasks, pairs, site=site) for site in ("size", "count"))
+    assert np.isnan(size[0]).tolist() == [[False, False], [True, True]]
+    assert np.isnan(count[0]).tolist() == [[True, False], [False, True]]
+    score = predict(read, tasks, pairs, site="size").log_prob(joint=True)
+    np.testing.assert_allclose(score, [norm(0.8, 0.5).logpdf([0.1, 0.3]).sum(), 0.0], atol=1e-12)
+
+
+def _frame(y: list[np.ndarray], *, missing: str = "error") -> Tasks:
     import pandas
 
     rows = [(f"t{i}", *line) for i, part in enumerate(y) for line in part]
     return Tasks.from_dataframe(
-        pandas.DataFrame(rows, columns=["task", "size", "count"]), task="task", y=["size", "count"]
+        pandas.DataFrame(rows, columns=["task", "size", "count"]), task="task", y=["size", "count"], missing=missing
     )
 
 
@@ -221,6 +234,17 @@ def test_noise_depends_on_its_seed_alone() -> None:
     np.testing.assert_array_equal(first, again)
     real = np.isfinite(first)
     assert (first[real] != other[real]).all()
+
+
+def test_noise_does_not_repeat_the_random_numbers_of_the_draws() -> None:
+    """Posteriors are drawn under the same seed: outcomes from the same numbers would depend on the parameters."""
+    tasks = make_tasks(ROWS)
+    pairs = torch.full((500, len(tasks), 1), MU, dtype=torch.float64), torch.zeros(500, len(tasks), 1).double()
+    noise = (predict(density(), tasks.at(NEW), pairs, seed=3).draws.ravel() - MU) / SIGMA
+    for numbers in ("rand", "randn"):
+        with seeded(3):
+            drawn = getattr(torch, numbers)(20_000, dtype=torch.float64).numpy()
+        assert not np.isin(noise.round(9), drawn.round(9)).any()
 
 
 def test_new_columns_reach_the_likelihood() -> None:
