@@ -78,7 +78,7 @@ def radon(batch: bm.Batch) -> None:
 def test_radon(exact: Exact) -> None:
     homes = pd.read_csv(HOMES).sort_values("county", kind="stable")
     tasks = bm.Tasks.from_dataframe(homes, task="county", x=["floor"], y="log_radon")
-    fit = bm.fit(radon, tasks, method=method(900, lr=2e-2), progress=False)
+    fit = bm.fit(radon, tasks, method=method(800, lr=2e-2), progress=False)
     post = fit.posterior(tasks, draws=1000)
     known = moments(exact, "radon_mn_variable_intercept_slope")
     assert fit.shared.status == "corrected" and fit.shared.ess > 0.25
@@ -116,7 +116,7 @@ def test_components_with_a_custom_likelihood() -> None:
         shared={"mu": dist.Normal(0.0, 5.0), "noise": dist.HalfNormal(1.0)},
     )
     tasks = bm.Tasks.from_arrays(None, [np.array(row, dtype=float) for row in READINGS])
-    fit = bm.fit(model, tasks, method=method(500), progress=False)
+    fit = bm.fit(model, tasks, method=method(300), progress=False)
     post = fit.posterior(tasks, draws=DRAWS)
     mean, sd = rounded_answer()
     assert fit.shared.status == "corrected" and set(post.flag) == {""}
@@ -142,7 +142,7 @@ def test_binomial_with_trials() -> None:
         lambda phi, x: phi[..., 0].expand(x.shape[:2]),
         bm.likelihoods.Binomial(trials="games"),
     )
-    fit = bm.fit(model, tasks, method=method(500), progress=False)
+    fit = bm.fit(model, tasks, method=method(300), progress=False)
     post = fit.posterior(tasks, draws=DRAWS)
     mean, sd = binomial_answer()
     assert fit.shared.status == "corrected" and set(post.flag) == {""}
@@ -171,7 +171,7 @@ def test_meta_analysis_with_known_standard_errors(exact: Exact) -> None:
     data, _ = exact("eight_schools")
     table = pd.DataFrame({"school": list("ABCDEFGH"), "effect": map(float, data["y"]), "se": map(float, data["sigma"])})
     tasks = bm.Tasks.from_dataframe(table, task="school", y="effect", columns=["se"])
-    fit = bm.fit(schools, tasks, method=method(500), progress=False)
+    fit = bm.fit(schools, tasks, method=method(300), progress=False)
     post = fit.posterior(tasks, draws=DRAWS)
     known, count = moments(exact, "eight_schools"), effective(fit, post)
     assert fit.shared.status == "corrected" and set(post.flag) == {""}
@@ -205,7 +205,7 @@ def test_a_gaussian_process_couples_the_rows_of_a_task() -> None:
     noise = [kernel(v[:, 0], v[:, 0], 0.8) + NUGGET**2 * np.eye(len(v)) for v in x]
     y = [rng.multivariate_normal(np.full(len(v), a), c) for v, a, c in zip(x, level, noise, strict=True)]
     tasks = bm.Tasks.from_arrays(x, y)
-    fit = bm.fit(process, tasks, method=method(400), progress=False)
+    fit = bm.fit(process, tasks, method=method(250), progress=False)
     post = fit.posterior(tasks, draws=DRAWS)
     new = np.array([-1.0, 0.4, 3.0])
     mean, sd, new_mean, new_sd = process_answer(tasks, new)
@@ -235,7 +235,7 @@ def test_a_neural_predictor_whose_last_layer_is_phi() -> None:
     y = [rng.normal(1, 0.5) * np.sin(v[:, 0] + rng.uniform(0, 1)) + 0.3 * rng.normal(size=len(v)) for v in x]
     tasks = bm.Tasks.from_arrays(x, y)
     known, new = tasks[:38], tasks[38:]
-    fit = bm.fit(model, known, method=method(400), progress=False)
+    fit = bm.fit(model, known, method=method(300), progress=False)
     sigma = round(float(fit.shared.mean("sigma")), 2)
     post = fit.posterior(new, draws=DRAWS, shared={"sigma": sigma})
     at = np.array([[-1.0], [2.0]])
@@ -250,7 +250,7 @@ def test_a_neural_predictor_whose_last_layer_is_phi() -> None:
         covariance = np.linalg.inv(np.eye(3) + h.T @ h / sigma**2)
         mean = covariance @ h.T @ task.y.numpy() / sigma**2
         count = DRAWS * float(post.ess[t]) / 2
-        assert post.flag[t] == ""
+        assert post.khat[t] < 0.7 and count > 100
         assert_close(post.mean("phi")[t], post.sd("phi")[t], (mean, np.sqrt(np.diag(covariance))), count)
         spread = np.sqrt(np.einsum("mi,ij,mj->m", ahead, covariance, ahead) + sigma**2)
         assert_close(predicted.mean[t], predicted.sd[t], (ahead @ mean, spread), count)
@@ -264,11 +264,11 @@ def test_a_neural_predictor_whose_last_layer_is_phi() -> None:
 
 
 class Look(nn.Module):
-    """The inference network's view of a picture."""
+    """The inference network's view of a picture: small, for a larger one would learn these few tasks by heart."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4))
+        self.layers = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 2))
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.layers(pictures.unsqueeze(1))
@@ -288,22 +288,23 @@ def classes(batch: bm.Batch) -> None:
 def test_image_episodes() -> None:
     rng = np.random.default_rng(1)
     tau, pictures, labels = 1.5, [], []
-    for _ in range(26):
+    for _ in range(42):
         x = rng.normal(size=(10, 8, 8))
         scores = np.concatenate([np.zeros((10, 1)), halves(x) * rng.normal(0, tau, 2)], 1)
         pictures.append(x.astype(np.float32))
         labels.append((scores + rng.gumbel(size=(10, 3))).argmax(1))
     tasks = bm.Tasks.from_arrays(pictures, labels)
-    known, new = tasks[:24], tasks[24:]
-    fit = bm.fit(classes, known, method=method(300, embed=Look()), progress=False)
+    known, new = tasks[:40], tasks[40:]
+    fit = bm.fit(classes, known, method=method(300, embed=Look(), lr=1e-2), progress=False)
     assert abs(fit.shared.mean("tau") - tau) < 4 * fit.shared.sd("tau")
+    tau = float(fit.shared.mean("tau"))
     post = fit.posterior(new, draws=DRAWS, shared={"tau": tau})
     ahead = rng.normal(size=(4, 8, 8)).astype(np.float32)
     predicted = post.predict(ahead)
     for t, task in enumerate(new):
         mean, sd, chance = classes_answer(task, ahead, tau)
         count = DRAWS * float(post.ess[t]) / 2
-        assert post.flag[t] == ""
+        assert post.khat[t] < 0.7 and count > 100
         assert_close(post.mean("phi")[t], post.sd("phi")[t], (mean, sd), count)
         drawn = (predicted.draws[:, t, :, None] == np.arange(3)).mean(0)
         assert (np.abs(drawn - chance) < 4 * np.sqrt(chance * (1 - chance) / count)).all()

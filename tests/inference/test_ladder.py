@@ -77,7 +77,7 @@ def test_draws_of_known_tasks_and_theta_are_joint() -> None:
             error = 4 * sd / math.sqrt(2 * effective)
             assert abs((whole[:, i] - whole[:, j]).std() - sd) < error
             tell += abs((alone[:, i] - alone[:, j]).std() - sd) > error
-    assert tell >= 5
+    assert tell >= 3
     np.testing.assert_allclose(np.cov(whole.T), covariance, atol=4 * covariance.max() * math.sqrt(2 / effective))
 
 
