@@ -143,8 +143,8 @@ def test_bad_options_are_refused() -> None:
     for build, text in (
         (lambda: bm.Amortized(shared="gaussian"), r"shared must be one of .*'normal'.*, got 'gaussian'"),
         (lambda: bm.Amortized(objective="elob"), r"objective must be one of \['elbo', 'iw'.*\], got 'elob'"),
-        (lambda: bm.Optimizer(steps=0), r"Optimizer: steps must be positive, got 0"),
-        (lambda: bm.Optimizer(lr=-1.0), r"Optimizer: lr must be positive, got -1.0"),
+        (lambda: bm.Optimizer(steps=0), r"Optimizer: steps must be a positive whole number, got 0"),
+        (lambda: bm.Optimizer(lr=-1.0), r"Optimizer: lr must be a positive number, got -1.0"),
     ):
         with pytest.raises(ValueError, match=text):
             build()

@@ -35,6 +35,15 @@ def _unfitted(learner: str, verb: str) -> NoReturn:
 
 
 @final
+class _SharedValues(dict[str, Tensor]):
+    """Shared parameters by name; an unknown name says what there is."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(
+            f"unknown shared parameter {name!r}; known: {sorted(self)}. Declare it with shared={{{name!r}: prior}}"
+        )
+
+
 class HierarchicalModel:
     """θ ~ p(θ); φ_i ~ p(φ | θ); y_ij ~ p(y | f(φ_i, x_ij), θ), as a Pyro model of a `Batch`.
 
@@ -117,7 +126,7 @@ class HierarchicalModel:
             _observe(self.likelihood.distribution(f, batch, shared), batch)
 
     def _sample_shared(self) -> dict[str, Tensor]:
-        shared: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = _SharedValues()
         for name, site in {**self.prior.shared, **self.likelihood.shared}.items():
             shared[name] = pyro.sample(name, _one_value(site, name))
         for name, build in self._declared.items():

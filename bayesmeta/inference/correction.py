@@ -29,6 +29,8 @@ FULL_BUDGET = 8_000_000
 PILOT_TASKS = 2000
 ADAPTED_WIDTH = 1.1
 MIN_DRAWS = 200
+MIN_ESS, MIN_EFFECTIVE = 0.05, 10
+"""θ counts as corrected only if this share of its draws, and so many of them, are effective."""
 
 
 @dataclass
@@ -106,8 +108,9 @@ def _usable(log_weight: Tensor, dim: int) -> bool:
 
 def _weighed(theta: Tensor, log_weight: Tensor) -> SharedDraws:
     smoothed, khat = psis.smooth(log_weight.numpy())
-    status = "corrected" if khat < psis.khat_limit(len(theta)) else "uncorrected"
-    return SharedDraws(theta, smoothed, float(khat), float(psis.relative_ess(smoothed)), status)
+    ess = float(psis.relative_ess(smoothed))
+    good = khat < psis.khat_limit(len(theta)) and ess * len(theta) >= MIN_EFFECTIVE and ess >= MIN_ESS
+    return SharedDraws(theta, smoothed, float(khat), ess, "corrected" if good else "uncorrected")
 
 
 def _equal(theta: Tensor, status: str, khat: float, ess: float) -> SharedDraws:

@@ -17,6 +17,8 @@ import torch
 CONSTANT_WEIGHTS = 1e-3
 """Log weights whose sd is below this are constant: k̂ is 0 by definition, an estimate would be noise."""
 MIN_RELATIVE_ESS = 0.2
+NO_WEIGHT = -1e300
+"""The log weight of a draw whose density is zero or not a number."""
 MIN_TAIL = 25
 """Fewer weights than this are not smoothed: there is no tail to fit."""
 
@@ -30,7 +32,7 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Normalised smoothed log weights `(..., S)` and k̂ `(...)`.
     """
-    log_weights = np.asarray(log_weights, dtype=float)
+    log_weights = _usable(log_weights)
     constant = log_weights.std(-1) < CONSTANT_WEIGHTS
     if log_weights.shape[-1] < MIN_TAIL or constant.all():
         return _normalised(log_weights), np.where(constant, 0.0, np.inf if log_weights.shape[-1] < MIN_TAIL else 0.0)
@@ -40,7 +42,7 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def relative_ess(log_weights: np.ndarray) -> np.ndarray:
     """Relative effective sample size 1 / (S Σ w²) of log weights `(..., S)`."""
-    weights = np.exp(_normalised(np.asarray(log_weights, dtype=float)))
+    weights = np.exp(_normalised(_usable(log_weights)))
     return 1.0 / (weights.shape[-1] * np.square(weights).sum(-1))
 
 
@@ -63,6 +65,11 @@ def resample(log_weights: np.ndarray, count: int, generator: np.random.Generator
     points = (start + torch.arange(count)) / count
     index = torch.searchsorted(cumulative, points).clamp(max=weights.shape[-1] - 1).numpy()
     return index[..., generator.permutation(count)]
+
+
+def _usable(log_weights: np.ndarray) -> np.ndarray:
+    """Log weights with what is not a number counted as (nearly) no weight, so that one draw cannot spoil the others."""
+    return np.nan_to_num(np.asarray(log_weights, dtype=float), nan=NO_WEIGHT, neginf=NO_WEIGHT, posinf=np.inf)
 
 
 def _normalised(log_weights: np.ndarray) -> np.ndarray:

@@ -38,8 +38,10 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("batch_tasks", self.batch_tasks), ("lr", self.lr)):
-            if value is not None and not value > 0:
-                raise ValueError(f"Optimizer: {name} must be positive, got {value}")
+            kinds = (int, float) if name == "lr" else (int,)
+            if value is not None and not (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
+                wanted = "number" if name == "lr" else "whole number"
+                raise ValueError(f"Optimizer: {name} must be a positive {wanted}, got {value!r}")
 
     def stages(self) -> Sequence[int]:
         """Lengths of the stages."""

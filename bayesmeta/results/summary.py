@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.results.arviz_export import to_arviz as export
@@ -143,10 +144,19 @@ def _data_groups(posterior: Results, dims: dict[str, list[str]]) -> dict[str, di
     label = sites[0] if len(sites) == 1 else "y"
     groups = {"observed_data": {label: _masked(batch.y.numpy(), batch.mask.numpy())}}
     dims[label] = _row_dims(posterior, label, batch.y.dim() - 2)
-    if batch.x.numel():
-        groups["constant_data"] = {"x": _masked(batch.x.numpy(), batch.mask.numpy())}
-        dims["x"] = _row_dims(posterior, "x", batch.x.dim() - 2)
+    groups["constant_data"] = _covariates(posterior, batch, dims)
     return groups
+
+
+def _covariates(posterior: Results, batch: Batch, dims: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """x, columns and task columns; text as its codes."""
+    schema, mask = posterior.density.schema, batch.mask.numpy()
+    rows = {"x": batch.x} if batch.x.numel() else {}
+    rows |= {name: batch[name] for name in schema.columns}
+    dims |= {name: _row_dims(posterior, name, values.dim() - 2) for name, values in rows.items()}
+    tasks = {name: batch[name].squeeze(1).numpy() for name in schema.task_columns}
+    dims |= {name: [schema.task, *_further(name, values.ndim - 1)] for name, values in tasks.items()}
+    return {name: _masked(values.numpy(), mask) for name, values in rows.items()} | tasks
 
 
 def _row_dims(posterior: Results, name: str, further: int) -> list[str]:

@@ -343,3 +343,12 @@ def test_conditional_model_holds_a_module(batch: Batch) -> None:
 def test_conditional_model_refuses_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ConditionalModel(options.pop("module", line), **options)
+
+
+def test_an_undeclared_shared_parameter_is_named() -> None:
+    model = HierarchicalModel(Gaussian(1), lambda phi, x: phi[..., 0], lambda f, shared: dist.Normal(f, shared["s"]))
+    tasks = Tasks.from_arrays(None, [[0.0, 1.0], [2.0]])
+    with pytest.raises(
+        ValueError, match=r"unknown shared parameter 's'; known: \['mu', 'tau'\]. Declare it with shared="
+    ):
+        model(tasks.batch([0, 1]))

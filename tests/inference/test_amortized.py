@@ -46,7 +46,7 @@ def test_options_are_checked_when_they_are_written() -> None:
         Amortized(shared="nuts")
     with pytest.raises(ValueError, match=r"Amortized: objective must be one of \['elbo', .*\], got 'mse'"):
         Amortized(objective="mse")
-    with pytest.raises(ValueError, match="Optimizer: steps must be positive, got 0"):
+    with pytest.raises(ValueError, match="Optimizer: steps must be a positive whole number, got 0"):
         Amortized(optimizer=Optimizer(steps=0))
     assert Amortized(objective=elbo).objective is elbo
 

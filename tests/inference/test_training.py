@@ -109,5 +109,5 @@ def test_an_error_of_the_loss_ends_training() -> None:
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"batch_tasks": -1}, {"lr": 0.0}, {"lr": math.nan}])
 def test_refuses_what_is_not_positive(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be positive"):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a positive"):
         Optimizer(**options)
