@@ -78,7 +78,7 @@ def radon(batch: bm.Batch) -> None:
 def test_radon(exact: Exact) -> None:
     homes = pd.read_csv(HOMES).sort_values("county", kind="stable")
     tasks = bm.Tasks.from_dataframe(homes, task="county", x=["floor"], y="log_radon")
-    fit = bm.fit(radon, tasks, method=method(800, lr=2e-2), progress=False)
+    fit = bm.fit(radon, tasks, progress=False)
     post = fit.posterior(tasks, draws=1000)
     known = moments(exact, "radon_mn_variable_intercept_slope")
     assert fit.shared.status == "corrected" and fit.shared.ess > 0.25
