@@ -12,7 +12,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 
-CHUNK_ELEMENTS = 2**17
+CHUNK_ELEMENTS = 2**18
 """Rows × tasks × draws evaluated at once: more falls out of the cache, less pays overhead."""
 CHUNK_TASKS = 512
 GROWTH = 4

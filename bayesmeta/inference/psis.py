@@ -17,7 +17,7 @@ import torch
 CONSTANT_WEIGHTS = 1e-3
 """Log weights whose sd is below this are constant: k̂ is 0 by definition, an estimate would be noise."""
 MIN_RELATIVE_ESS = 0.2
-NO_WEIGHT = -1e300
+NO_WEIGHT = -1e100
 """The log weight of a draw whose density is zero or not a number."""
 MIN_TAIL = 25
 """Fewer weights than this are not smoothed: there is no tail to fit."""
@@ -33,17 +33,21 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Normalised smoothed log weights `(..., S)` and k̂ `(...)`.
     """
     log_weights = _usable(log_weights)
-    constant = log_weights.std(-1) < CONSTANT_WEIGHTS
-    if log_weights.shape[-1] < MIN_TAIL or constant.all():
-        return _normalised(log_weights), np.where(constant, 0.0, np.inf if log_weights.shape[-1] < MIN_TAIL else 0.0)
+    dead = log_weights.max(-1) <= NO_WEIGHT
+    constant = (log_weights.std(-1) < CONSTANT_WEIGHTS) & ~dead
+    if log_weights.shape[-1] < MIN_TAIL or (constant | dead).all():
+        return _normalised(log_weights), np.where(constant, 0.0, np.inf)
     smoothed, khat = _psislw(log_weights)
-    return np.where(constant[..., None], _normalised(log_weights), smoothed), np.where(constant, 0.0, khat)
+    if not (constant | dead).any():
+        return smoothed, khat
+    kept = np.where((constant | dead)[..., None], _normalised(log_weights), smoothed)
+    return kept, np.where(dead, np.inf, np.where(constant, 0.0, khat))
 
 
 def relative_ess(log_weights: np.ndarray) -> np.ndarray:
     """Relative effective sample size 1 / (S Σ w²) of log weights `(..., S)`."""
-    weights = np.exp(_normalised(_usable(log_weights)))
-    return 1.0 / (weights.shape[-1] * np.square(weights).sum(-1))
+    usable = torch.as_tensor(_usable(log_weights))
+    return (2 * usable.logsumexp(-1) - (2 * usable).logsumexp(-1)).exp().numpy() / usable.shape[-1]
 
 
 def khat_limit(count: int) -> float:

@@ -104,3 +104,13 @@ def test_resampling_survives_rounding_of_the_last_weight() -> None:
 
     index = psis.resample(log_weights, 6, Top(np.random.PCG64(0)))
     assert sorted(index) == [0, 0, 1, 1, 2, 2] or index.max() == 2
+
+
+def test_draws_without_weight_spoil_no_others_and_none_at_all_is_a_failure() -> None:
+    log_weights = np.random.default_rng(0).normal(size=(2, 400))
+    log_weights[0, :3] = [np.nan, -np.inf, np.nan]
+    log_weights[1] = np.nan
+    smoothed, khat = psis.smooth(log_weights)
+    ess = psis.relative_ess(log_weights)
+    assert np.isfinite(smoothed).all() and abs(np.exp(smoothed[0]).sum() - 1) < 1e-9
+    assert psis.accepted(khat, ess, 400).tolist() == [True, False]
