@@ -37,11 +37,10 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     constant = (log_weights.std(-1) < CONSTANT_WEIGHTS) & ~dead
     if log_weights.shape[-1] < MIN_TAIL or (constant | dead).all():
         return _normalised(log_weights), np.where(constant, 0.0, np.inf)
-    smoothed, khat = _psislw(log_weights)
-    if not (constant | dead).any():
-        return smoothed, khat
-    kept = np.where((constant | dead)[..., None], _normalised(log_weights), smoothed)
-    return kept, np.where(dead, np.inf, np.where(constant, 0.0, khat))
+    varied = ~(constant | dead)
+    kept, khat = _normalised(log_weights), np.where(dead, np.inf, 0.0)
+    kept[varied], khat[varied] = _psislw(log_weights[varied])
+    return kept, khat
 
 
 def relative_ess(log_weights: np.ndarray) -> np.ndarray:
@@ -91,5 +90,5 @@ def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
             smoothed, khat = psislw(log_weights)
         else:
-            smoothed, khat = array_stats.psislw(log_weights, axis=-1)
+            smoothed, khat = array_stats.psislw(-log_weights, axis=-1)  # takes log likelihoods, not weights
     return np.asarray(smoothed), np.asarray(khat)
