@@ -1,5 +1,8 @@
 """Bayesian meta-learning for people with many small, related data sets."""
 
+import importlib
+from types import ModuleType
+
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.fitting import Fit, fit, load
@@ -37,3 +40,12 @@ __all__ = [
     "simulate",
     "with_conditional",
 ]
+
+_ROOMS = ("checks", "models")
+"""Rooms that are imported when they are first used."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ROOMS:
+        return importlib.import_module(f"bayesmeta.{name}")
+    raise AttributeError(f"module 'bayesmeta' has no attribute {name!r}")
