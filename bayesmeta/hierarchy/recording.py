@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bayesmeta.hierarchy.contractions import contract
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -325,7 +326,7 @@ class Recorded:
         joint = _record_gradient(both, leaves)
         if not isinstance(joint, torch.fx.GraphModule):
             return joint, spec
-        return _compile(joint, leaves) if compiled else joint.forward, spec
+        return _compile(joint, leaves) if compiled else contract(joint).forward, spec
 
     def _map(self, key: Any, graph: TensorFunction, leaves: list[Tensor], dims: tuple[int | None, ...]) -> Any:
         """A graph over the leading dimension; where it cannot be recorded, a loop over its slices."""

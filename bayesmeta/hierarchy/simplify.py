@@ -6,13 +6,23 @@ expanded to every row) goes away here; `recording.py` calls `simplify` on everyt
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from bayesmeta.hierarchy.rewriting import (
+    add_call,
+    alike,
+    constant_of,
+    describe,
+    example,
+    impure,
+    is_expanded,
+    merge,
+    rewrite,
+    shape_of,
+)
 
 aten = torch.ops.aten
 
@@ -105,12 +115,12 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
 
     Graphs that write into tensors, draw random numbers or depend on strides only lose their dead code.
     """
-    if not any(_impure(node) for node in graph.graph.nodes):
+    if not any(impure(node) for node in graph.graph.nodes):
         _fold_constants(graph)
-        _describe(graph)
+        describe(graph)
         for step in (_same, _neutral, _single, _hoisted, _same, _hoisted, _signs, _chained, _same):
-            _rewrite(graph, step)
-        _merge(graph)
+            rewrite(graph, step)
+        merge(graph)
         for node in graph.graph.nodes:
             called: Any = node.target
             node.target = _CALLED.get(called, called)
@@ -119,56 +129,14 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def _describe(graph: fx.GraphModule) -> None:
-    """Replaces example values by tensors without storage: those of different recordings cannot be mixed."""
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
-def _impure(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.op == "call_function" and node.target is not operator.getitem
-    if node.target is aten.as_strided.default:
-        return True
-    random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return random or node.target._schema.is_mutable
-
-
-def _value(node: Any) -> Tensor | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
-
-
-def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
-    value = getattr(graph, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
-    return value if isinstance(value, Tensor) else None
-
-
-def _rewrite(graph: fx.GraphModule, step: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> None:
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function":
-            continue
-        with graph.graph.inserting_before(node):
-            replacement = step(graph.graph, node)
-        if replacement is not None:
-            node.replace_all_uses_with(replacement)
-            graph.graph.erase_node(node)
-
-
 def _same(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Views and copies that change nothing."""
     if node.target in _SAME:
         return node.args[0]  # type: ignore[return-value]
     if node.target in _UNDONE and isinstance(node.args[0], fx.Node) and node.args[0].target in _UNDONE:
         before: Any = node.args[0].args[0]
-        return before if _alike(_value(node), _value(before)) else None
-    if node.target in _SHAPED and _alike(_value(node), _value(node.args[0])):
+        return before if alike(example(node), example(before)) else None
+    if node.target in _SHAPED and alike(example(node), example(node.args[0])):
         return node.args[0]  # type: ignore[return-value]
     return None
 
@@ -179,7 +147,7 @@ def _neutral(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         unit = _UNITS.get(node.target)
         if unit is None or (place and node.target not in (aten.add.Tensor, aten.mul.Tensor)):
             continue
-        if _is_number(graph.owning_module, node.args[other], unit) and _alike(_value(node), _value(node.args[place])):
+        if _is_number(graph.owning_module, node.args[other], unit) and alike(example(node), example(node.args[place])):
             return node.args[place]  # type: ignore[return-value]
     return None
 
@@ -187,13 +155,13 @@ def _neutral(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 def _is_number(graph: Any, argument: Any, number: float) -> bool:
     if isinstance(argument, (int, float)):
         return argument == number
-    constant = _constant(graph, argument)
+    constant = constant_of(graph, argument)
     return constant is not None and bool((constant == number).all())
 
 
 def _single(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Sums over dimensions of size one, and stacks and concatenations of one tensor, are views."""
-    if _value(node) is None or not node.args:
+    if example(node) is None or not node.args:
         return None
     if node.target in (aten.stack.default, aten.cat.default):
         return _lone_part(graph, node)
@@ -206,28 +174,28 @@ def _lone_part(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return None
     if node.target is aten.cat.default:
         return parts[0]  # type: ignore[no-any-return]
-    return _call(graph, aten.unsqueeze.default, (parts[0], *(node.args[1:] or (0,))))
+    return add_call(graph, aten.unsqueeze.default, (parts[0], *(node.args[1:] or (0,))))
 
 
 def _sum_of_one(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     source: Any = node.args[0]
     dims: Any = node.args[1]
-    shape = _shape(source)
+    shape = shape_of(source)
     if source.meta["val"].dtype != node.meta["val"].dtype or not dims or any(shape[d] != 1 for d in dims):
         return None
     kept = len(node.args) > 2
-    return source if kept else _call(graph, aten.squeeze.dims, (source, dims))  # type: ignore[no-any-return]
+    return source if kept else add_call(graph, aten.squeeze.dims, (source, dims))  # type: ignore[no-any-return]
 
 
 def _hoisted(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Swaps f(expand(x)) for expand(f(x)), and a / expand(b) for a · expand(1 / b)."""
-    if node.target is aten.div.Tensor and _expanded(node.args[1]):
+    if node.target is aten.div.Tensor and is_expanded(node.args[1]):
         return _times_reciprocal(graph, node)
-    if not _pointwise(node) or not _expanded(node.args[0]):
+    if not _pointwise(node) or not is_expanded(node.args[0]):
         return None
     expanded: Any = node.args[0]
-    small = _call(graph, node.target, (expanded.args[0], *node.args[1:]), node.kwargs)
-    return _call(graph, aten.expand.default, (small, list(_shape(node))))
+    small = add_call(graph, node.target, (expanded.args[0], *node.args[1:]), node.kwargs)
+    return add_call(graph, aten.expand.default, (small, list(shape_of(node))))
 
 
 def _pointwise(node: fx.Node) -> bool:
@@ -249,11 +217,11 @@ def _chained(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _one_shift(graph: fx.Graph, before: fx.Node, node: fx.Node) -> fx.Node | None:
     """Two shifts in one, of floats only: integers would become floats."""
-    source, value = before.args[0] if before.args else None, _value(node)
+    source, value = before.args[0] if before.args else None, example(node)
     first, second = (_shift(graph.owning_module, n) for n in (before, node))
-    if value is None or not value.is_floating_point() or not _alike(value, _value(source)):
+    if value is None or not value.is_floating_point() or not alike(value, example(source)):
         return None
-    return None if first is None or second is None else _call(graph, aten.add.Tensor, (source, first + second))
+    return None if first is None or second is None else add_call(graph, aten.add.Tensor, (source, first + second))
 
 
 def _shift(graph: Any, node: fx.Node) -> float | None:
@@ -267,7 +235,7 @@ def _number(graph: Any, argument: Any) -> float | None:
     """A number, given as such or as a constant that is the same everywhere."""
     if isinstance(argument, (int, float)):
         return float(argument)
-    constant = _constant(graph, argument)
+    constant = constant_of(graph, argument)
     if constant is None or not constant.is_floating_point() or not bool((constant == constant.flatten()[0]).all()):
         return None
     return float(constant.flatten()[0])
@@ -277,15 +245,15 @@ def _signs(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Signs move to the smaller tensor: Σ −x = −Σ x and −a · expand(b) = a · expand(−b)."""
     arguments: Any = node.args
     if node.target is aten.sum.dim_IntList and _negated(arguments[0]) is not None:
-        total = _call(graph, node.target, (_negated(arguments[0]), *arguments[1:]), node.kwargs)
-        return _call(graph, aten.neg.default, (total,))
+        total = add_call(graph, node.target, (_negated(arguments[0]), *arguments[1:]), node.kwargs)
+        return add_call(graph, aten.neg.default, (total,))
     if node.target is not aten.mul.Tensor:
         return None
     for first, second in (arguments, arguments[::-1]):
-        if _negated(first) is not None and _expanded(second):
-            small = _call(graph, aten.neg.default, (second.args[0],))
-            wide = _call(graph, aten.expand.default, (small, list(_shape(second))))
-            return _call(graph, aten.mul.Tensor, (_negated(first), wide))
+        if _negated(first) is not None and is_expanded(second):
+            small = add_call(graph, aten.neg.default, (second.args[0],))
+            wide = add_call(graph, aten.expand.default, (small, list(shape_of(second))))
+            return add_call(graph, aten.mul.Tensor, (_negated(first), wide))
     return None
 
 
@@ -297,31 +265,12 @@ def _negated(node: Any) -> fx.Node | None:
 
 def _times_reciprocal(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     divisor: Any = node.args[1]
-    source, value = _value(divisor.args[0]), _value(node)
+    source, value = example(divisor.args[0]), example(node)
     if node.kwargs or source is None or value is None or source.dtype != value.dtype:
         return None
-    inverse = _call(graph, aten.reciprocal.default, (divisor.args[0],))
-    wide = _call(graph, aten.expand.default, (inverse, list(_shape(divisor))))
-    return _call(graph, aten.mul.Tensor, (node.args[0], wide))
-
-
-def _expanded(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.target is not aten.expand.default:
-        return False
-    value, source = _value(node), _value(node.args[0])
-    return value is not None and source is not None and source.numel() < value.numel()
-
-
-def _shape(node: fx.Node) -> torch.Size:
-    value: Tensor = node.meta["val"]
-    return value.shape
-
-
-def _call(graph: fx.Graph, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
-    """Adds a node, and its example value."""
-    node = graph.call_function(target, args, dict(kwargs or {}))
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **(kwargs or {}))
-    return node
+    inverse = add_call(graph, aten.reciprocal.default, (divisor.args[0],))
+    wide = add_call(graph, aten.expand.default, (inverse, list(shape_of(divisor))))
+    return add_call(graph, aten.mul.Tensor, (node.args[0], wide))
 
 
 def _fold_constants(graph: fx.GraphModule) -> None:
@@ -342,7 +291,7 @@ def _independent(graph: fx.GraphModule) -> dict[fx.Node, Any]:
     """The values of all nodes that depend on no input and no parameter."""
     known = _constants(graph)
     for node in graph.graph.nodes:
-        if node.target in _FILLED and _value(node) is not None:
+        if node.target in _FILLED and example(node) is not None:
             known[node] = _filled(node)
         elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
@@ -364,26 +313,3 @@ def _filled(node: fx.Node) -> Tensor:
     source = node.args[0].meta["val"]  # type: ignore[union-attr]
     value: Tensor = node.target(torch.zeros(source.shape, dtype=source.dtype), *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return value.flatten()[0].clone().expand(value.shape) if value.numel() else value
-
-
-def _merge(graph: fx.GraphModule) -> None:
-    """Computes equal expressions once."""
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function":
-            continue
-        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.graph.erase_node(node)
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((k, _hashable(v)) for k, v in value.items())
-    if isinstance(value, float):
-        return (float, value, math.copysign(1.0, value))
-    return (type(value), value)

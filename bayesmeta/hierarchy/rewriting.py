@@ -1,0 +1,105 @@
+"""Tools to rewrite recorded graphs node by node; `simplify.py` and `contractions.py` are made of them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+_EXPANSIONS = (aten.expand.default, Tensor.expand)
+
+
+def describe(graph: fx.GraphModule) -> None:
+    """Replaces example values by tensors without storage: those of different recordings cannot be mixed."""
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def impure(node: fx.Node) -> bool:
+    """Whether a node writes into a tensor, draws random numbers or depends on strides."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function" and node.target is not operator.getitem
+    if node.target is aten.as_strided.default:
+        return True
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return random or node.target._schema.is_mutable
+
+
+def example(node: Any) -> Tensor | None:
+    """The example value of a node, where it is a tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two example values have the same shape and dtype."""
+    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def constant_of(graph: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor that a node of a graph holds."""
+    value = getattr(graph, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+    return value if isinstance(value, Tensor) else None
+
+
+def rewrite(graph: fx.GraphModule, step: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> None:
+    """Replaces each call for which `step` returns another node."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        with graph.graph.inserting_before(node):
+            replacement = step(graph.graph, node)
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+            graph.graph.erase_node(node)
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    """The shape of a node."""
+    value: Tensor = node.meta["val"]
+    return value.shape
+
+
+def add_call(graph: fx.Graph, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
+    """Adds a node, and its example value."""
+    node = graph.call_function(target, args, dict(kwargs or {}))
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **(kwargs or {}))
+    return node
+
+
+def merge(graph: fx.GraphModule) -> None:
+    """Computes equal expressions once."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _hashable(v)) for k, v in value.items())
+    if isinstance(value, float):
+        return (float, value, math.copysign(1.0, value))
+    return (type(value), value)
+
+
+def is_expanded(node: Any) -> bool:
+    """Whether a node repeats a smaller tensor."""
+    if not isinstance(node, fx.Node) or node.target not in _EXPANSIONS:
+        return False
+    value, source = example(node), example(node.args[0])
+    return value is not None and source is not None and source.numel() < value.numel()
