@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import operator
 import threading
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bayesmeta.hierarchy.contractions import contract
+from bayesmeta.hierarchy.derivatives import record, value_and_gradient
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -185,39 +183,6 @@ def _refill(arg: Any, found: Iterator[Tensor]) -> Any:
     return pytree.tree_map(lambda _: next(found), arg)
 
 
-def _value_and_gradient(
-    function: TensorFunction, targets: Sequence[int], weights: Sequence[float], *leaves: Tensor
-) -> list[Tensor]:
-    at = [leaf.detach().requires_grad_(i in targets) for i, leaf in enumerate(leaves)]
-    with torch.enable_grad():
-        value = function(*at)
-        outputs = pytree.tree_leaves(value)
-        terms = [weight * out.sum() for weight, out in zip(weights, outputs, strict=True)]
-        total = functools.reduce(operator.add, terms)
-        gradients = torch.autograd.grad(total, [at[i] for i in targets], materialize_grads=True)
-    return [out.detach() for out in outputs] + list(gradients)
-
-
-def _record_gradient(both: TensorFunction, leaves: Sequence[Tensor]) -> TensorFunction:
-    try:
-        return simplify(make_fx(both)(*leaves))
-    except (RuntimeError, NotImplementedError) as error:
-        logger.info("the gradient of a graph could not be recorded, autograd computes it: %s", error)
-        return both
-
-
-def _compile(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> TensorFunction:
-    try:
-        with _LOCK, warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            compiled = torch._inductor.compile(graph, list(leaves))
-            compiled(*leaves)
-            return compiled
-    except (RuntimeError, OSError, ImportError) as error:
-        logger.info("a graph runs uncompiled, the compiler failed: %s", error)
-        return graph.forward
-
-
 class Recorded:
     """A function whose graph is recorded once for every set of input shapes.
 
@@ -320,13 +285,10 @@ class Recorded:
         targets = [j for i in wrt for j, owner in enumerate(owners) if owner == i]
         leaves = [leaf.detach() for leaf in pytree.tree_leaves(args)]
         spec = pytree.tree_structure(call(*leaves))
-        both = functools.partial(_value_and_gradient, call, targets, weights)
+        both = functools.partial(value_and_gradient, call, targets, weights)
         if not isinstance(call, torch.fx.GraphModule):
             return both, spec
-        joint = _record_gradient(both, leaves)
-        if not isinstance(joint, torch.fx.GraphModule):
-            return joint, spec
-        return _compile(joint, leaves) if compiled else contract(joint).forward, spec
+        return record(both, leaves, compiled=compiled), spec
 
     def _map(self, key: Any, graph: TensorFunction, leaves: list[Tensor], dims: tuple[int | None, ...]) -> Any:
         """A graph over the leading dimension; where it cannot be recorded, a loop over its slices."""
