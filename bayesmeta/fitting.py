@@ -22,8 +22,9 @@ from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.inference.amortized import Amortized, fit_amortized
 from bayesmeta.inference.conditional import fit_conditional
-from bayesmeta.inference.ladder import TaskDraws, infer_empty, infer_known, infer_new, resample_theta
+from bayesmeta.inference.ladder import REFINEMENTS, climb
 from bayesmeta.inference.training import Optimizer
+from bayesmeta.inference.weighing import Parts, draw_empty, resample_theta
 from bayesmeta.results.arguments import check_arguments, check_choice, check_model, check_tasks, check_whole, numbers
 from bayesmeta.results.conditional import ConditionalFit, load_conditional
 from bayesmeta.results.fit_storage import FileCheckpoint, FitState, load_fit, save_fit
@@ -32,8 +33,6 @@ from bayesmeta.results.prediction import Prediction
 from bayesmeta.results.training_tasks import TrainingTasks
 
 METHODS = {"amortized": Amortized}
-REFINEMENTS = ("auto", "none")
-Parts = list[tuple[np.ndarray, TaskDraws]]
 
 
 @overload
@@ -190,7 +189,9 @@ class Fit:
         Args:
             tasks: Any tasks with the columns of the training tasks.
             draws: Equally weighted draws.
-            refine: "auto" weighs the guide's draws and judges them; "none" takes them as they are, unchecked.
+            refine: "auto" weighs the guide's draws, judges them, and mends what fails: in closed form, by Laplace
+                proposals, by Markov chains; "none" takes the guide's draws as they are, unchecked; "laplace" and
+                "nuts" take every task to that rung.
             shared: One θ to condition on, `{site: value}` for every shared site; None integrates over θ.
             updated: "error", or "replace": a training task with other data is inferred with those instead.
             seed: Of the draws.
@@ -208,7 +209,7 @@ class Fit:
         with seeded(seed), torch.no_grad():
             if shared is not None:
                 theta = self._density.theta_of(numbers(shared)).expand(draws, -1)
-                parts = self._new(tasks, np.arange(len(tasks)), theta, refine)
+                parts = self._climbed(tasks, np.arange(len(tasks)), theta, refine, known=False)
             else:
                 parts = self._parts(tasks, draws, refine, updated)
         return Posterior(self._density, tasks, parts, seed)
@@ -237,7 +238,7 @@ class Fit:
         empty, _ = chosen.context_target(context=0, seed=0)
         with seeded(seed), torch.no_grad():
             theta = resample_theta(self._shared, draws)
-            drawn = infer_empty(self._density, self._guides, theta, empty, joint=True)
+            drawn = draw_empty(self._density, self._guides, theta, empty, joint=True)
         return Posterior(self._density, empty, [(np.arange(len(empty)), drawn)], seed)
 
     def prior_predict(
@@ -252,37 +253,28 @@ class Fit:
 
     def _parts(self, tasks: Tasks, draws: int, refine: str, updated: str) -> Parts:
         place = self._training.sort(tasks, updated=updated)
-        parts: Parts = []
-        empty = np.asarray(tasks.sizes) == 0
-        density, guides = self._density, self._guides
-        filled, hollow = place.known[~empty[place.known]], place.known[empty[place.known]]
-        if len(filled):
-            drawn = infer_known(density, guides, self._shared, tasks[filled], draws=draws, refine=refine)
-            parts.append((filled, drawn))
-            theta = drawn.theta[torch.as_tensor(drawn.index[:, 0].copy())]
-        else:
-            theta = resample_theta(self._shared, draws)
-        if len(hollow):
-            parts.append((hollow, infer_empty(density, guides, theta, tasks[hollow], joint=True)))
-        parts += self._new(tasks, place.new, resample_theta(self._shared, draws), refine)
+        theta = resample_theta(self._shared, draws)
+        parts = self._climbed(tasks, place.known, theta, refine, known=True)
+        parts += self._climbed(tasks, place.new, resample_theta(self._shared, draws), refine, known=False)
         if len(place.changed):
-            changed, theta = tasks[place.changed], resample_theta(self._shared, draws)
-            old = self._training.before(changed)
-            drawn = infer_new(density, guides, theta, changed, refine=refine, replaced=old)
-            parts.append((place.changed, drawn))
+            old = self._training.before(tasks[place.changed])
+            theta = resample_theta(self._shared, draws)
+            parts += self._climbed(tasks, place.changed, theta, refine, known=False, replaced=old)
         return parts
 
-    def _new(self, tasks: Tasks, index: np.ndarray, theta: Tensor, refine: str) -> Parts:
+    def _climbed(
+        self, tasks: Tasks, index: np.ndarray, theta: Tensor, refine: str, *, known: bool, replaced: Tasks | None = None
+    ) -> Parts:
+        """The draws of some tasks, those without rows from the prior."""
+        empty = np.asarray(tasks.sizes)[index] == 0 if replaced is None else np.zeros(len(index), dtype=bool)
         parts: Parts = []
-        empty = np.asarray(tasks.sizes)[index] == 0
-        for some, without_rows in ((index[~empty], False), (index[empty], True)):
-            if not len(some):
-                continue
-            if without_rows:
-                drawn = infer_empty(self._density, self._guides, theta, tasks[some], joint=False)
-            else:
-                drawn = infer_new(self._density, self._guides, theta, tasks[some], refine=refine)
-            parts.append((some, drawn))
+        density, guides = self._density, self._guides
+        if (~empty).any():
+            filled = index[~empty]
+            found = climb(density, guides, theta, tasks[filled], known=known, refine=refine, replaced=replaced)
+            parts += [(filled[positions], drawn) for positions, drawn in found]
+        if empty.any():
+            parts.append((index[empty], draw_empty(density, guides, theta, tasks[index[empty]], joint=known)))
         return parts
 
 

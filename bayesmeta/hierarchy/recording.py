@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bayesmeta.hierarchy.derivatives import record, value_and_gradient
+from bayesmeta.hierarchy.derivatives import curvature, record, value_and_gradient
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -50,7 +50,10 @@ def _independent_fills() -> dict[Any, Callable[..., Any]]:
     def uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
         return torch.rand_like(x) * (high - low) + low
 
-    return table | {aten.normal_functional.default: normal, aten.uniform.default: uniform}
+    def fill(x: Tensor, value: float) -> Tensor:
+        return torch.full_like(x, value)  # which vmap maps as one; it copies fills slice by slice
+
+    return table | {aten.normal_functional.default: normal, aten.uniform.default: uniform, aten.fill.Scalar: fill}
 
 
 class Captured(TorchFunctionMode):
@@ -210,6 +213,7 @@ class Recorded:
         self._graphs: dict[Any, TensorFunction] = {}
         self._mapped: dict[Any, TensorFunction] = {}
         self._gradients: dict[Any, tuple[TensorFunction, pytree.TreeSpec]] = {}
+        self._curvatures: dict[Any, TensorFunction] = {}
         self.status: dict[Any, str] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -276,6 +280,25 @@ class Recorded:
         value = pytree.tree_unflatten(found[: spec.num_leaves], spec)
         gradients = iter(found[spec.num_leaves :])
         return value, tuple(_refill(args[i], gradients) for i in wrt)
+
+    def curvature(self, *args: Any, in_dims: Any = None, compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Value `(*batch)`, gradient `(*batch, d)` and Hessian `(*batch, d, d)` for the second argument `(*batch, d)`.
+
+        Args:
+            *args: The function's arguments; the first is one tensor.
+            in_dims: As in `mapped`; None does not map.
+            compiled: Compile the graph.
+        """
+        leaves, keys = _flatten(args)
+        key = (signature(leaves), keys, in_dims, compiled)
+        if key not in self._curvatures:
+            call = self.graph(*args) if in_dims is None else self.mapped_graph(*args, in_dims=in_dims)
+            function = functools.partial(curvature, call, 1)
+            examples = [leaf.detach() for leaf in leaves]
+            recordable = isinstance(call, torch.fx.GraphModule)
+            self._curvatures[key] = record(function, examples, compiled=compiled) if recordable else function
+        found = self._curvatures[key](*leaves)
+        return tuple(part.detach() for part in found)
 
     def _differentiate(
         self, args: Any, wrt: Sequence[int], in_dims: Any, weights: Sequence[float], compiled: bool

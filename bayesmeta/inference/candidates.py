@@ -17,6 +17,7 @@ from torch import Tensor
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import task_chunks, theta_chunks
+from bayesmeta.inference.exact import ExactTasks
 from bayesmeta.inference.gaussian import Pushed
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import Context, TaskPosterior
@@ -42,6 +43,8 @@ class Candidates:
 def propose(density: TaskDensity, guides: Guides, context: Context, theta: Tensor) -> Candidates:
     """One weighted draw for every θ `(S, d_theta)` and task of a batch."""
     posterior = guides.task.condition(theta, context)
+    if isinstance(posterior, ExactTasks):
+        return Candidates(posterior.sample(), posterior.log_evidence)
     pick = torch.rand(len(theta), len(context.batch.names), dtype=theta.dtype)
     noise = _mixed(posterior, pick < SHARES["heavy"])
     from_prior = (pick > 1 - SHARES["prior"]).unsqueeze(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ class SharedDraws:
         khat: Pareto k̂ of the weights.
         ess: Relative effective sample size.
         status: "corrected", "uncorrected", "plug-in" or "sampled".
+        chains: Number of Markov chains that the draws come from, one after another; 0: independent draws.
+        stats: Diagnostics of the chains, `{name: (chain, draw)}`.
+        noise: Whitened parameters of the training tasks drawn along `(S, T, d)`, where the method draws them.
     """
 
     theta: Tensor
@@ -50,6 +53,9 @@ class SharedDraws:
     khat: float
     ess: float
     status: str
+    chains: int = 0
+    stats: dict[str, np.ndarray] = field(default_factory=dict)
+    noise: Tensor | None = None
 
 
 def correct_shared(

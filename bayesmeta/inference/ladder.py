@@ -1,14 +1,16 @@
-"""The posterior of each task given the fit: weighted candidates, gates, and draws paired with θ.
+"""The ladder: each task's posterior by the cheapest way that can be trusted, found without being asked.
 
-Known tasks share one resampled set of θ draws, so that one draw of all of them is a joint draw; new tasks are inferred
-one by one, each re-weighting θ by its own evidence. Every path integrates over θ.
+Weighted draws of the guide first; tasks that fail the gates climb: a closed form where they are Gaussian, Laplace
+proposals from several starts, then Markov chains. A share of the accepted tasks is audited for further modes, which
+importance weights cannot see. Failing tasks run together, so that the cost grows with their number only.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,173 +18,183 @@ from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference import psis
-from bayesmeta.inference.candidates import candidates, guide_draws, log_evidence, prior_noise
-from bayesmeta.inference.correction import SharedDraws
+from bayesmeta.inference.candidates import log_evidence
+from bayesmeta.inference.chains import SEVERAL, move_known, move_new
+from bayesmeta.inference.exact import ExactGuide, are_gaussian
+from bayesmeta.inference.laplace import LaplaceGuide, mode_counts, most_typical
 from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.protocols import TaskGuide
+from bayesmeta.inference.weighing import (
+    EFFECTIVE_CANDIDATES,
+    Parts,
+    draw_unchecked,
+    weigh_known,
+    weigh_new,
+)
 
-MIN_CANDIDATES = 8
-EFFECTIVE_CANDIDATES = 16
-"""Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
-MAX_CANDIDATES = 128
-PILOT_THETA = 64
-
-
-@dataclass
-class TaskDraws:
-    """Weighted candidates of T tasks, and equally weighted draws chosen among them.
-
-    Attributes:
-        theta: θ of each of K candidates `(K, d_theta)`.
-        noise: Whitened task parameters `(K, T, d)`.
-        log_weight: Normalised log weights of the candidates of a task `(K, T)`.
-        index: The candidate that is draw s of task i `(S, T)`.
-        khat, ess: Diagnostics `(T,)`.
-        method: "psis", "amortized" or "prior" `(T,)`.
-        flag: What is wrong, "" if nothing is `(T,)`.
-        joint: Draw s of all tasks is one joint draw.
-    """
-
-    theta: Tensor
-    noise: Tensor
-    log_weight: np.ndarray
-    index: np.ndarray
-    khat: np.ndarray
-    ess: np.ndarray
-    method: list[str]
-    flag: list[str]
-    joint: bool
+REFINEMENTS = ("auto", "none", "laplace", "nuts")
+AUDITED = 0.05
+"""Share of the accepted tasks that is searched for further modes."""
 
 
-def infer_known(
-    density: TaskDensity, guides: Guides, shared: SharedDraws, tasks: Tasks, *, draws: int, refine: str
-) -> TaskDraws:
-    """Joint draws of θ and of training tasks.
-
-    θ has already learned from these tasks: it is resampled once, and each task's parameters are then chosen among M
-    candidates at every θ_s. k̂ and the relative ESS are those of log w − log p̂₋(D_i | θ_s), p̂₋ without the candidate.
-    """
-    theta = _resampled(shared, draws)
-    if refine == "none":
-        return _unchecked(density, guides, tasks, theta, joint=True)
-    per_theta = _candidates_needed(density, guides, tasks, theta)
-    pool = theta.repeat_interleave(per_theta, 0)
-    drawn = candidates(density, guides, tasks, pool)
-    raw = drawn.log_weight.reshape(draws, per_theta, len(tasks))
-    within = raw - raw.logsumexp(1, keepdim=True)
-    chosen = _choose(within)
-    offset = np.arange(draws)[:, None] * per_theta
-    leave_one_out = raw - _log_mean_of_others(raw)
-    khat, ess = _diagnose(leave_one_out.reshape(-1, len(tasks)).numpy())
-    log_weight = (within - math.log(draws)).reshape(-1, len(tasks)).numpy()
-    flag = _flags(khat, ess, len(pool))
-    return TaskDraws(pool, drawn.noise, log_weight, offset + chosen, khat, ess, ["psis"] * len(tasks), flag, joint=True)
-
-
-def infer_new(
+def climb(
     density: TaskDensity,
     guides: Guides,
     theta: Tensor,
     tasks: Tasks,
     *,
+    known: bool,
     refine: str,
     replaced: Tasks | None = None,
-) -> TaskDraws:
-    """Independent inferences of tasks that θ has not learned from.
+) -> Parts:
+    """Infers tasks that have rows, all of them known or all new.
 
     Args:
         density: The model.
         guides: What was learned.
         theta: Draws of θ given the training tasks `(S, d_theta)`.
-        tasks: The new tasks.
-        refine: "none" leaves the guide's draws unchecked.
-        replaced: The training tasks that `tasks` replace: their evidence is divided out of θ.
+        tasks: The tasks.
+        known: Whether θ has learned from them: then draw s of all of them is paired with the s-th θ.
+        refine: "none": the guide's draws, unchecked; "auto": as far up as needed; "laplace", "nuts": that rung.
+        replaced: The training tasks that new ones replace: their evidence is divided out of θ.
+
+    Returns:
+        Positions of tasks and their draws; every task is in one part.
     """
     if refine == "none" and replaced is None:
-        return _unchecked(density, guides, tasks, theta, joint=False)
-    drawn = candidates(density, guides, tasks, theta)
-    raw = drawn.log_weight
-    if replaced is not None:
-        raw = raw - log_evidence(density, guides, replaced, theta, per_theta=EFFECTIVE_CANDIDATES)
-    smoothed, khat = psis.smooth(raw.numpy().T)
-    ess = psis.relative_ess(raw.numpy().T)
-    generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    index = psis.resample(smoothed, len(theta), generator).T
-    flag = _flags(khat, ess, len(theta))
-    return TaskDraws(theta, drawn.noise, smoothed.T, index, khat, ess, ["psis"] * len(tasks), flag, joint=False)
+        return [(np.arange(len(tasks)), draw_unchecked(density, guides, theta, tasks, joint=known))]
+    climber = _Climber(density, guides, theta, tasks, known, replaced)
+    learned = guides.task.method == "psis"
+    rungs: dict[str, tuple[Callable[[], None], ...]] = {
+        "none": (climber.guide,),
+        "auto": (climber.guide, climber.audit) * learned + (climber.exact, climber.laplace, climber.chains),
+        "laplace": (climber.laplace,),
+        "nuts": (climber.laplace, functools.partial(climber.chains, every=True)),
+    }
+    for rung in rungs[refine]:
+        rung()
+    return climber.found.parts()
 
 
-def infer_empty(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:
-    """Draws of the prior for tasks without rows."""
-    noise = prior_noise(density, guides, tasks, theta)
-    return _equal(theta, noise, "prior", 0.0, "", joint)
+class _Found:
+    """The draws that each task has so far."""
+
+    def __init__(self, count: int) -> None:
+        self._parts: Parts = []
+        self._owner = np.full(count, -1)
+        self._doubt = np.zeros(count, dtype=bool)
+
+    def put(self, parts: Parts, positions: np.ndarray) -> None:
+        """Replaces the draws of tasks; parts count from the first of `positions`."""
+        for index, drawn in parts:
+            self._owner[positions[index]] = len(self._parts)
+            self._doubt[positions[index]] = [bool(flag) for flag in drawn.flag]
+            self._parts.append((positions[index], drawn))
+
+    def doubt(self, positions: np.ndarray) -> None:
+        """Sends accepted tasks further up."""
+        self._doubt[positions] = True
+
+    @property
+    def open(self) -> np.ndarray:
+        """Positions without draws that can be trusted."""
+        return np.flatnonzero(self._doubt | (self._owner < 0))
+
+    @property
+    def accepted(self) -> np.ndarray:
+        """Positions with draws that passed the gates."""
+        return np.flatnonzero(~self._doubt & (self._owner >= 0))
+
+    def parts(self) -> Parts:
+        """What each part still owns."""
+        kept = [(index, drawn, self._owner[index] == place) for place, (index, drawn) in enumerate(self._parts)]
+        return [(index[own], drawn.of(own)) for index, drawn, own in kept if own.any()]
+
+    def chosen(self, positions: np.ndarray) -> Tensor:
+        """The equally weighted noise of tasks, `(S, T, d)`."""
+        place = {int(task): (drawn, column) for index, drawn in self.parts() for column, task in enumerate(index)}
+        found = [place[int(task)] for task in positions]
+        return torch.stack([drawn.noise[torch.as_tensor(drawn.index[:, c].copy()), c] for drawn, c in found], 1)
 
 
-def resample_theta(shared: SharedDraws, draws: int) -> Tensor:
-    """Equally weighted draws of θ `(draws, d_theta)`."""
-    return _resampled(shared, draws)
+@dataclass
+class _Climber:
+    """The rungs, each for the tasks that are still open."""
 
+    density: TaskDensity
+    guides: Guides
+    theta: Tensor
+    tasks: Tasks
+    known: bool
+    replaced: Tasks | None
 
-def _resampled(shared: SharedDraws, draws: int) -> Tensor:
-    generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    return shared.theta[torch.as_tensor(psis.resample(shared.log_weight, draws, generator))]
+    def __post_init__(self) -> None:
+        self.found = _Found(len(self.tasks))
 
+    def guide(self) -> None:
+        """Weighted draws of the learned guide."""
+        every = np.arange(len(self.tasks))
+        self._weigh(self.guides.task, every)
 
-def _unchecked(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor, *, joint: bool) -> TaskDraws:
-    noise = guide_draws(density, guides, tasks, theta)
-    return _equal(theta, noise, "amortized", math.nan, "not checked (refine='none')", joint)
+    def audit(self) -> None:
+        """Looks for further modes of some accepted tasks, and of all if there are any."""
+        accepted = self.found.accepted
+        count = math.ceil(AUDITED * len(accepted))
+        order = torch.randperm(len(accepted)).numpy()
+        for some in (accepted[order[:count]], accepted[order[count:]]):
+            several = some[self._modes(some) > 1] if len(some) else some
+            if not len(several):
+                return
+            self.found.doubt(several)
 
+    def exact(self) -> None:
+        """The closed form of Gaussian tasks."""
+        positions = self.found.open
+        if len(positions):
+            gaussian = positions[are_gaussian(self.density, self.tasks[positions], self.theta)]
+            if len(gaussian):
+                self._weigh(self._attached(ExactGuide()), gaussian)
 
-def _equal(theta: Tensor, noise: Tensor, method: str, khat: float, flag: str, joint: bool) -> TaskDraws:
-    draws, count = noise.shape[:2]
-    index = np.broadcast_to(np.arange(draws)[:, None], (draws, count))
-    log_weight = np.broadcast_to(np.float64(-math.log(draws)), (draws, count))
-    ones = np.ones(count)
-    return TaskDraws(theta, noise, log_weight, index, khat * ones, ones, [method] * count, [flag] * count, joint=joint)
+    def laplace(self) -> None:
+        """Laplace proposals from several starts."""
+        positions = self.found.open
+        if len(positions):
+            self._weigh(self._attached(LaplaceGuide.around(self.theta)), positions)
 
+    def chains(self, *, every: bool = False) -> None:
+        """Markov chains."""
+        positions = np.arange(len(self.tasks)) if every else self.found.open
+        if not len(positions):
+            return
+        tasks = self.tasks[positions]
+        if self.known:
+            parts = move_known(self.density, self.guides, self.theta, tasks, self.found.chosen(positions))
+            several = self._modes(positions) > 1
+            for index, drawn in parts:
+                drawn.flag = [SEVERAL if several[i] else f for i, f in zip(index, drawn.flag, strict=True)]
+        else:
+            parts = move_new(self.density, self.guides, self.theta, tasks, self._log_weight(positions))
+        self.found.put(parts, positions)
 
-def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> int:
-    """M such that M × relative ESS ≥ 16 for every task, from a pilot."""
-    pilot = theta[:PILOT_THETA].repeat_interleave(MIN_CANDIDATES, 0)
-    raw = candidates(density, guides, tasks, pilot).log_weight.reshape(-1, MIN_CANDIDATES, len(tasks))
-    _, ess = _diagnose((raw - _log_mean_of_others(raw)).reshape(-1, len(tasks)).numpy())
-    worst = max(float(np.min(ess)), EFFECTIVE_CANDIDATES / MAX_CANDIDATES)
-    return max(MIN_CANDIDATES, math.ceil(EFFECTIVE_CANDIDATES / worst))
+    def _attached(self, guide: TaskGuide) -> TaskGuide:
+        guide.attach(self.density, self.tasks)
+        return guide
 
+    def _weigh(self, guide: TaskGuide, positions: np.ndarray) -> None:
+        guides, tasks = replace(self.guides, task=guide), self.tasks[positions]
+        if self.known:
+            drawn = weigh_known(self.density, guides, self.theta, tasks)
+        else:
+            old = None if self.replaced is None else self.replaced[positions]
+            drawn = weigh_new(self.density, guides, self.theta, tasks, replaced=old, before=self.guides)
+        self.found.put([(np.arange(len(positions)), drawn)], positions)
 
-def _log_mean_of_others(raw: Tensor) -> Tensor:
-    """Log of the mean weight of the other candidates at the same θ: `(S, M, T)` -> `(S, M, T)`."""
-    peak = raw.amax(1, keepdim=True)
-    scaled = (raw - peak).exp()
-    others = (scaled.sum(1, keepdim=True) - scaled).clamp(min=torch.finfo(raw.dtype).tiny)
-    return others.log() + peak - math.log(raw.shape[1] - 1)
+    def _modes(self, positions: np.ndarray) -> np.ndarray:
+        return mode_counts(self.density, self.tasks[positions], most_typical(self.theta))
 
-
-def _choose(log_share: Tensor) -> np.ndarray:
-    """Draws one candidate of each θ and task: `(S, M, T)` -> `(S, T)`."""
-    cumulative = log_share.exp().cumsum(1)
-    point = torch.rand(log_share.shape[0], 1, log_share.shape[2], dtype=log_share.dtype)
-    return (cumulative < point * cumulative[:, -1:]).sum(1).clamp(max=log_share.shape[1] - 1).numpy()
-
-
-def _diagnose(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """k̂ and relative ESS of each task from log weights `(K, T)`."""
-    _, khat = psis.smooth(log_weight.T)
-    return khat, psis.relative_ess(log_weight.T)
-
-
-def _flags(khat: np.ndarray, ess: np.ndarray, count: int) -> list[str]:
-    limit = psis.khat_limit(count)
-    good = psis.accepted(khat, ess, count)
-    return [
-        "" if ok else f"importance sampling failed: k̂ {k:.2f} (limit {limit:.2f}), relative ESS {e:.3f} (limit 0.2)"
-        for ok, k, e in zip(good, khat, ess, strict=True)
-    ]
-
-
-def merge(parts: Sequence[tuple[np.ndarray, TaskDraws]], count: int) -> list[tuple[TaskDraws, int]]:
-    """Where each of `count` tasks is found: its draws and its position in them."""
-    where: dict[int, tuple[TaskDraws, int]] = {}
-    for index, part in parts:
-        where |= {int(task): (part, position) for position, task in enumerate(index)}
-    return [where[task] for task in range(count)]
+    def _log_weight(self, positions: np.ndarray) -> Tensor:
+        """What the θ weigh before new tasks are seen: replaced tasks are taken out of them."""
+        if self.replaced is None:
+            return self.theta.new_zeros(len(self.theta), len(positions))
+        old = self.replaced[positions]
+        return -log_evidence(self.density, self.guides, old, self.theta, per_theta=EFFECTIVE_CANDIDATES)

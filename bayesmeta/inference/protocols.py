@@ -54,6 +54,8 @@ class TaskGuide(nn.Module, ABC):
     Subclasses implement `condition`; `attach` is called once by `fit`, `prepare` once a batch.
     """
 
+    method: str = "psis"
+    """What `Posterior.method` calls the weighted draws of this guide."""
     cost: float = 1.0
     """Of one draw with its density, relative to the default guide; the correction of θ draws so many times less."""
 

@@ -19,7 +19,7 @@ from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.inference.candidates import BY_DRAW
 from bayesmeta.inference.chunks import task_chunks, theta_chunks
 from bayesmeta.inference.correction import SharedDraws
-from bayesmeta.inference.ladder import TaskDraws, resample_theta
+from bayesmeta.inference.weighing import TaskDraws, resample_theta
 from bayesmeta.results.prediction import Prediction, log_rows, predict
 from bayesmeta.results.weighted import weighted_mean, weighted_quantile, weighted_sd
 

@@ -1,0 +1,117 @@
+"""The last rung of the ladder: Markov chains on the model's density, for the few tasks that need them.
+
+`transitions.py` moves chains; here they meet the model. Known tasks start at their Laplace draws, one chain at each
+draw of θ; new tasks are tempered from the prior together with θ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.candidates import BY_DRAW, prior_draws
+from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.protocols import Context
+from bayesmeta.inference.transitions import Chains, Target, settle, temper, tune
+from bayesmeta.inference.weighing import TaskDraws, equal_draws
+
+TOGETHER = 16
+"""Tasks whose chains move at once."""
+BY_PAIR = (0, 0, 0, None)
+LEAST_THETA = 0.1
+"""Share of the draws of θ that must be left after tempering."""
+UNSETTLED = "Markov chains have not settled"
+SEVERAL = "several modes: chains cannot tell their weights"
+
+Parts = list[tuple[np.ndarray, TaskDraws]]
+
+
+def move_known(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, start: Tensor) -> Parts:
+    """One chain at each θ `(S, d_theta)` of every training task, from `start` `(S, T, d)`."""
+    noise, flags = torch.empty_like(start), [""] * len(tasks)
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=TOGETHER):
+        target = _target(density, guides, theta, density.tensors(chunk.batch))
+        filled = np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge")
+        chains = Chains.at(start[:, filled])
+        tune(target, chains)
+        settled = settle(target, chains)
+        noise[:, chunk.index] = chains.noise[:, : len(chunk.index)]
+        for place, task in enumerate(chunk.index):
+            flags[task] = "" if settled[place] else UNSETTLED
+    drawn = equal_draws(theta, noise, "nuts", math.nan, "", joint=True)
+    drawn.flag = flags
+    return [(np.arange(len(tasks)), drawn)]
+
+
+def _target(density: TaskDensity, guides: Guides, theta: Tensor, data: dict[str, Tensor]) -> Target:
+    def at(noise: Tensor) -> tuple[Tensor, Tensor]:
+        value, (gradient,) = density.log_task.gradient(theta, noise, data, guides.values, wrt=(1,), in_dims=BY_DRAW)
+        return value, gradient
+
+    return at
+
+
+def move_new(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, log_weight: Tensor) -> Parts:
+    """Particles (θ, φ) of every new task, θ from its draws `(S, d_theta)` with log weights `(S, T)` to begin with."""
+    parts: Parts = []
+    generator = np.random.default_rng(int(torch.randint(2**62, ())))
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=TOGETHER):
+        filled = np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge")
+        population = _Population(density, guides, theta, density.tensors(chunk.batch))
+        noise = prior_draws(density, guides, Context(chunk.batch, population.data), theta)
+        weight = log_weight[:, filled].log_softmax(0)
+        chains, pairs, evidence = temper(population.log_likelihood, population.target, noise, weight, generator)
+        settled = settle(population.target(pairs, torch.ones_like(evidence)), chains)
+        for place, task in enumerate(chunk.index):
+            one = theta[pairs[:, place]]
+            left = len(pairs[:, place].unique()) / len(theta)
+            flag = "" if settled[place] and bool(evidence[place].isfinite()) and left >= LEAST_THETA else UNSETTLED
+            drawn = equal_draws(one, chains.noise[:, place : place + 1], "nuts", math.nan, flag, joint=False)
+            drawn.ess = np.array([left])
+            parts.append((np.array([task]), drawn))
+    return parts
+
+
+class _Population:
+    """Pairs (θ, task) of a batch as one mapped dimension: each is a batch of one task."""
+
+    def __init__(self, density: TaskDensity, guides: Guides, theta: Tensor, data: dict[str, Tensor]) -> None:
+        self._density, self._values, self._theta, self.data = density, guides.values, theta, data
+        tasks = next(iter(data.values())).shape[0]
+        task = torch.arange(tasks).repeat(len(theta))
+        self._data = {name: value.unsqueeze(1)[task] for name, value in data.items()}
+        self._plain = all(site.kind != "moments" for site in density.structure.task)
+
+    def log_likelihood(self, pairs: Tensor, noise: Tensor) -> Tensor:
+        """Log p(D_i | φ, θ) of pairs `(S, T)` and noise `(S, T, d)`: `(S, T)`."""
+        args = (self._theta[pairs.flatten()], noise.flatten(0, 1).unsqueeze(1), self._data, self._values)
+        return self._density.log_parts.mapped(*args, in_dims=BY_PAIR)[1].reshape(pairs.shape)
+
+    def target(self, pairs: Tensor, power: Tensor) -> Target:
+        """Prior times the `power` `(T,)` of the likelihood."""
+        theta = self._theta[pairs.flatten()]
+
+        def at(noise: Tensor) -> tuple[Tensor, Tensor]:
+            flat = noise.flatten(0, 1).unsqueeze(1)
+            args = (theta, flat, self._data, self._values)
+            value, (slope,) = self._density.log_task.gradient(*args, wrt=(1,), in_dims=BY_PAIR)
+            joint, gradient = value.reshape(pairs.shape), slope.reshape(noise.shape)
+            prior, prior_gradient = self._prior(args, noise)
+            weight = power.unsqueeze(-1)
+            return power * joint + (1 - power) * prior, weight * gradient + (1 - weight) * prior_gradient
+
+        return at
+
+    def _prior(
+        self, args: tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]], noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self._plain:
+            return -0.5 * noise.square().sum(-1), -noise
+        values, (gradient,) = self._density.log_parts.gradient(*args, wrt=(1,), in_dims=BY_PAIR, weights=(1.0, 0.0))
+        return values[0].reshape(noise.shape[:2]), gradient.reshape(noise.shape)

@@ -1,0 +1,130 @@
+"""Gaussian tasks: recognised by a strict test, then answered in closed form, posterior and evidence.
+
+A task is Gaussian when its log joint density is a quadratic of its whitened parameters. Whitened coordinates do not
+cancel as the prior's scale goes to 0. The marginal path and the ladder call this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.batch import Batch
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.gaussian import GaussianTasks, Lower, cholesky, solve_lower, solve_upper
+from bayesmeta.inference.protocols import Context, TaskGuide
+
+RADII = (0.5, 1.0, 2.0, 4.0, 7.0, 10.0, 15.0, 20.0)
+"""Distances from the prior's centre, in prior sds, at which a log joint must equal its quadratic; both directions."""
+THETAS = 3
+TOLERANCE = 1e-9
+BY_DRAW = (0, 0, None, None)
+
+
+@dataclass
+class ExactTasks(GaussianTasks):
+    """Exact posteriors of Gaussian tasks.
+
+    Attributes:
+        log_evidence: log p(D_i | θ_s), `(S, T)`.
+    """
+
+    log_evidence: Tensor
+
+
+class ExactGuide(TaskGuide):
+    """The closed-form posterior of Gaussian tasks; of other tasks it is wrong."""
+
+    method = "exact"
+
+    def attach(self, density: TaskDensity, tasks: Tasks) -> None:
+        """Keeps the model."""
+        self._density = density
+
+    def condition(self, theta: Tensor, context: Context) -> ExactTasks:
+        """p(φ | D, θ) and p(D | θ) of every task for every θ `(S, d_theta)`."""
+        origin = theta.new_zeros(len(theta), len(context.batch.names), self._density.structure.task_size)
+        return closed_form(*_curvature(self._density, theta, context.data, origin))
+
+
+def _curvature(
+    density: TaskDensity, theta: Tensor, data: dict[str, Tensor], noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return density.log_task.curvature(theta, noise, data, dict(density.learned.values), in_dims=BY_DRAW)
+
+
+def closed_form(value: Tensor, gradient: Tensor, hessian: Tensor) -> ExactTasks:
+    """The Gaussian whose log density at the origin has this value `(*b)`, gradient `(*b, d)` and Hessian."""
+    factor = cholesky(-hessian)
+    half = solve_lower(factor, gradient)
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    evidence = value + 0.5 * half.square().sum(-1) - log_det + 0.5 * gradient.shape[-1] * math.log(2 * math.pi)
+    return ExactTasks(solve_upper(factor.mT, half), factor, evidence)
+
+
+def log_evidence(value: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+    """The evidence of `closed_form` alone, by operations that differentiate and compile well: `(*b)`."""
+    lower = Lower.cholesky(-hessian.movedim((-2, -1), (0, 1)))
+    half = lower.solve(gradient.movedim(-1, 0))
+    constant = 0.5 * gradient.shape[-1] * math.log(2 * math.pi)
+    return value + 0.5 * half.square().sum(0) - lower.log_det() + constant
+
+
+def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarray:
+    """Which tasks are Gaussian at draws of θ `(S, d_theta)`, `(T,)`.
+
+    The log joint and its gradient must equal the quadratic at the prior's centre to 1e-9 × (1 + the sum of the sizes
+    of their terms) at 16 points up to 20 prior sds away and at 3 θ. Densities in float32 are too coarse for the test:
+    none of their tasks counts as Gaussian.
+    """
+    found = np.zeros(len(tasks), dtype=bool)
+    if density.dtype != torch.float64 or density.structure.task_size == 0:
+        return found
+    some = theta[torch.linspace(0, len(theta) - 1, THETAS).long()]
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
+        passed = _pass(density, chunk.batch, some)
+        found[chunk.index] = passed[: len(chunk.index)]
+    return found
+
+
+def _pass(density: TaskDensity, batch: Batch, theta: Tensor) -> np.ndarray:
+    data = density.tensors(batch)
+    shape = (len(theta), len(batch.names), density.structure.task_size)
+    curvature = functools.partial(_curvature, density, theta, data)
+    with torch.no_grad():
+        quadratic = curvature(theta.new_zeros(shape))
+        precise = torch.linalg.cholesky_ex(-quadratic[2]).info == 0
+        passed = precise.all(0) & _finite(quadratic).all(0)
+        generator = torch.Generator().manual_seed(0)
+        for radius in RADII:
+            direction = torch.randn(shape, generator=generator, dtype=theta.dtype)
+            step = radius * direction / direction.square().mean(-1, keepdim=True).sqrt()
+            for noise in (step, -step):
+                passed &= _agrees(curvature(noise), quadratic, noise)
+            if not bool(passed.any()):
+                break
+    return passed.numpy()
+
+
+def _finite(parts: tuple[Tensor, ...]) -> Tensor:
+    """Whether all numbers of a θ and task are finite, `(S, T)`."""
+    return torch.stack([torch.isfinite(part).reshape(*part.shape[:2], -1).all(-1) for part in parts]).all(0)
+
+
+def _agrees(at: tuple[Tensor, ...], quadratic: tuple[Tensor, ...], noise: Tensor) -> Tensor:
+    """Whether value and gradient at `noise` are those of the quadratic, for each task at all θ: `(T,)`."""
+    value, gradient, hessian = quadratic
+    bend = (hessian @ noise.unsqueeze(-1)).squeeze(-1)
+    expected = value + (noise * (gradient + 0.5 * bend)).sum(-1)
+    log_prior = 0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1)
+    size = 1 + log_prior + (at[0] + log_prior).abs()
+    steep = 1 + gradient.abs().amax(-1) + bend.abs().amax(-1)
+    close = (at[0] - expected).abs() <= TOLERANCE * size
+    return (close & ((at[1] - gradient - bend).abs().amax(-1) <= TOLERANCE * steep)).all(0)

@@ -1,0 +1,283 @@
+"""Modes and curvatures of task posteriors by damped Newton steps, for all tasks at once.
+
+They are the proposals of the ladder's Laplace rung, the start of the marginal path's quadrature, and what the baselines
+of `checks/` use. What has not converged is marked, never used as if it had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.batch import Batch
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.gaussian import GaussianTasks
+from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
+
+MAX_STEPS = 60
+TOLERANCE = 1e-7
+"""A mode is reached when the next Newton step is shorter than this, in posterior sds."""
+LONGEST = 10.0
+"""No step is longer than so many prior sds in one coordinate."""
+MAX_DAMPING = 1e10
+ANCHORS = 64
+"""Draws of θ at which modes are found."""
+STARTS = 8
+"""Draws of the prior from which further modes are looked for, besides the prior's centre."""
+APART = 0.1
+"""Modes nearer to each other than this, in posterior sds, are one."""
+MOST_MODES = 4
+SMALLEST_SHARE = 1e-3
+"""Modes with a smaller share of a task's evidence are left to the prior's part of the proposal."""
+BY_DRAW = (0, 0, None, None)
+
+Curvature = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Noise `(S, T, d)` -> value `(S, T)`, gradient `(S, T, d)` and Hessian `(S, T, d, d)` of the log joint."""
+
+
+@dataclass
+class Modes:
+    """Modes of S × T log joints in whitened coordinates.
+
+    Attributes:
+        loc: Where they are `(S, T, d)`.
+        factor: Lower Cholesky factors of the negative Hessians there `(S, T, d, d)`.
+        value: Log joints there `(S, T)`.
+        converged: Whether Newton's steps have come to an end `(S, T)`.
+    """
+
+    loc: Tensor
+    factor: Tensor
+    value: Tensor
+    converged: Tensor
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """Laplace's approximation of log p(D_i | θ_s), `(S, T)`."""
+        log_det = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return self.value + 0.5 * self.loc.shape[-1] * math.log(2 * math.pi) - log_det
+
+
+def curvature_of(density: TaskDensity, data: dict[str, Tensor], theta: Tensor) -> Curvature:
+    """The curvature of the log joint of a batch at draws of θ `(S, d_theta)`."""
+    values = dict(density.learned.values)
+
+    def at(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return density.log_task.curvature(theta, noise, data, values, in_dims=BY_DRAW)
+
+    return at
+
+
+@dataclass
+class _Point:
+    """Where the search of each task stands."""
+
+    loc: Tensor
+    value: Tensor
+    gradient: Tensor
+    precision: Tensor
+
+    @classmethod
+    def at(cls, curvature: Curvature, loc: Tensor) -> _Point:
+        value, gradient, hessian = curvature(loc)
+        return cls(loc, value, gradient, -(hessian + hessian.mT) / 2)
+
+    def moved(self, other: _Point, better: Tensor) -> _Point:
+        """The other point where it is better `(S, T)`."""
+        one, two = better.unsqueeze(-1), better[..., None, None]
+        return _Point(
+            torch.where(one, other.loc, self.loc),
+            torch.where(better, other.value, self.value),
+            torch.where(one, other.gradient, self.gradient),
+            torch.where(two, other.precision, self.precision),
+        )
+
+
+def find_modes(curvature: Curvature, start: Tensor, *, steps: int = MAX_STEPS) -> Modes:
+    """Climbs from `start` `(S, T, d)` to a mode of each log joint; steps are damped task by task.
+
+    A step is taken only where it does not lower the log joint; a Hessian that is not negative definite is replaced by
+    one with the sizes of its eigenvalues. Curvature at the end is positive definite in any case.
+    """
+    point = _Point.at(curvature, start)
+    damping = torch.zeros(start.shape[:-1], dtype=start.dtype)
+    for step in range(steps):
+        positive, definite = _positive(point.precision)
+        move = _step(positive, damping, point.gradient)
+        length = (move * (positive @ move.unsqueeze(-1)).squeeze(-1)).sum(-1).clamp(min=0).sqrt()
+        converged = (length < TOLERANCE) & definite & (damping < 1) & torch.isfinite(point.value)
+        if bool((converged | (damping > MAX_DAMPING)).all()) or step == steps - 1:
+            break
+        trial = _Point.at(curvature, point.loc + move)
+        better = torch.isfinite(trial.value) & (trial.value >= point.value - 1e-12 * (1 + point.value.abs()))
+        better &= torch.isfinite(trial.gradient).all(-1)
+        damping = torch.where(better, damping / 10, (10 * damping).clamp(min=0.1))
+        damping = torch.where(damping < 1e-6, 0.0, damping)
+        point = point.moved(trial, better)
+    return Modes(point.loc, torch.linalg.cholesky(positive), point.value, converged)
+
+
+def _step(positive: Tensor, damping: Tensor, gradient: Tensor) -> Tensor:
+    eye = torch.eye(gradient.shape[-1], dtype=gradient.dtype)
+    damped = positive * (1 + damping[..., None, None] * eye)
+    gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+    move = torch.cholesky_solve(gradient.unsqueeze(-1), torch.linalg.cholesky(damped)).squeeze(-1)
+    longest = move.abs().amax(-1, keepdim=True).clamp(min=LONGEST)
+    return move * (LONGEST / longest)
+
+
+def _positive(precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive definite precisions, and where they were so from the start `(S, T)`."""
+    definite = torch.linalg.cholesky_ex(precision).info == 0
+    if bool(definite.all()):
+        return precision, definite
+    usable = torch.isfinite(precision).flatten(-2).all(-1)
+    eye = torch.eye(precision.shape[-1], dtype=precision.dtype)
+    safe = torch.where(usable[..., None, None], precision, eye)
+    values, vectors = torch.linalg.eigh(safe)
+    mended = (vectors * values.abs().clamp(min=1e-2).unsqueeze(-2)) @ vectors.mT
+    keep = (definite & usable)[..., None, None]
+    return torch.where(keep, precision, mended), definite & usable
+
+
+def distinct_modes(curvature: Curvature, starts: Tensor) -> tuple[Modes, Tensor]:
+    """The different modes that a search from several starts finds.
+
+    Args:
+        curvature: Of T log joints, each repeated for K starts.
+        starts: `(K, T, d)`.
+
+    Returns:
+        The first `MOST_MODES` modes by evidence, `(m, T, …)`, and which of them are there `(m, T)`: the first always.
+    """
+    found = find_modes(curvature, starts)
+    evidence = torch.where(found.converged, found.log_evidence, -math.inf)
+    order = evidence.argsort(0, descending=True)
+    every = torch.arange(starts.shape[1]).expand_as(order)
+    modes = Modes(found.loc[order, every], found.factor[order, every], found.value[order, every], found.converged)
+    modes.converged = found.converged[order, every]
+    evidence = evidence[order, every]
+    kept = torch.zeros_like(modes.converged)
+    for place in range(len(starts)):
+        other = (modes.loc[place] - modes.loc).unsqueeze(-2) @ modes.factor
+        near = (other.squeeze(-2).square().sum(-1).sqrt() < APART) & kept
+        share = evidence[place] - evidence[0] > math.log(SMALLEST_SHARE)
+        kept[place] = modes.converged[place] & ~near.any(0) & share & (kept.sum(0) < MOST_MODES)
+    kept[0] = True
+    first = (~kept).to(torch.int64).argsort(dim=0, stable=True)[: int(kept.sum(0).max())]
+    columns = torch.arange(starts.shape[1]).expand_as(first)
+    parts = (part[first, columns] for part in (modes.loc, modes.factor, modes.value, modes.converged))
+    return Modes(*parts), kept[first, columns]
+
+
+@dataclass
+class MixtureTasks:
+    """Mixtures of m Gaussians of S × T task posteriors.
+
+    Attributes:
+        parts: The m components.
+        log_share: Their log weights `(m, S, T)`.
+    """
+
+    parts: list[GaussianTasks]
+    log_share: Tensor
+
+    def sample(self, *, heavy: bool = False) -> Tensor:
+        """One draw for each θ and task, `(S, T, d)`."""
+        gumbel = -torch.empty_like(self.log_share).exponential_().log()
+        pick = (self.log_share + gumbel).argmax(0)
+        noise = self.parts[0].sample(heavy=heavy)
+        for place, part in enumerate(self.parts[1:], 1):
+            noise = torch.where((pick == place).unsqueeze(-1), part.sample(heavy=heavy), noise)
+        return noise
+
+    def log_prob(self, noise: Tensor, *, heavy: bool = False) -> Tensor:
+        """Log density `(S, T)` of `(S, T, d)`."""
+        terms = torch.stack([part.log_prob(noise, heavy=heavy) for part in self.parts])
+        return (terms + self.log_share).logsumexp(0)
+
+
+def most_typical(theta: Tensor) -> Tensor:
+    """The draw of θ `(S, d_theta)` that is nearest to their mean, `(d_theta,)`."""
+    return theta[((theta - theta.mean(0)) / _unit(theta)).square().sum(-1).argmin()]
+
+
+def _unit(theta: Tensor) -> Tensor:
+    """Standard deviations of draws, 1 for a single one."""
+    scale = theta.std(0) if len(theta) > 1 else torch.ones_like(theta[0])
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def mode_counts(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarray:
+    """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as the starts find them: `(T,)`."""
+    found = np.zeros(len(tasks), dtype=int)
+    repeated = theta.expand(STARTS + 1, -1)
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
+        starts = _starts(repeated, len(chunk.batch.names), density.structure.task_size)
+        _, there = distinct_modes(curvature_of(density, density.tensors(chunk.batch), repeated), starts)
+        found[chunk.index] = there.sum(0)[: len(chunk.index)].numpy()
+    return found
+
+
+def _starts(repeated: Tensor, tasks: int, dim: int) -> Tensor:
+    """The prior's centre and draws of it, one a row of `repeated`: `(K, T, d)`."""
+    drawn = torch.randn(len(repeated) - 1, tasks, dim, dtype=repeated.dtype)
+    return torch.cat([drawn.new_zeros(1, tasks, dim), drawn])
+
+
+class LaplaceGuide(TaskGuide):
+    """Gaussians at the modes of the task posterior: at some θ, used for the nearest.
+
+    Args:
+        anchors: θ at which modes are looked for `(K, d_theta)`, the first the most typical.
+        scale: Unit in which θ is near or far `(d_theta,)`.
+        starts: Further starts of the search, draws from the prior; with none there is one mode a task.
+    """
+
+    method = "laplace"
+
+    def __init__(self, anchors: Tensor, scale: Tensor, *, starts: int = STARTS) -> None:
+        super().__init__()
+        self._anchors, self._scale, self._starts = anchors, scale, starts
+
+    @classmethod
+    def around(cls, theta: Tensor, *, starts: int = STARTS) -> LaplaceGuide:
+        """Anchors spread over draws of θ `(S, d_theta)`, the first the one nearest to their mean."""
+        spread = torch.linspace(0, len(theta) - 1, min(ANCHORS, len(theta))).long()
+        anchors = torch.cat([most_typical(theta).unsqueeze(0), theta[spread]])
+        return cls(anchors, _unit(theta), starts=starts)
+
+    def attach(self, density: TaskDensity, tasks: Tasks) -> None:
+        """Keeps the model."""
+        self._density = density
+
+    def prepare(self, batch: Batch, data: dict[str, Tensor]) -> Context:
+        """Finds the modes of a batch: their number at the first anchor, then each of them at all anchors."""
+        centre = self._anchors[:1].expand(self._starts + 1, -1)
+        starts = _starts(centre, len(batch.names), self._density.structure.task_size)
+        found, there = distinct_modes(curvature_of(self._density, data, centre), starts)
+        curvature = curvature_of(self._density, data, self._anchors)
+        followed = [find_modes(curvature, loc.expand(len(self._anchors), -1, -1)) for loc in found.loc]
+        evidence = torch.stack([modes.log_evidence for modes in followed])
+        evidence = torch.where(there.unsqueeze(1), evidence, -math.inf)
+        summary = {
+            "loc": torch.stack([modes.loc for modes in followed]),
+            "factor": torch.stack([modes.factor for modes in followed]),
+            "log_share": evidence.log_softmax(0),
+            "modes": there.sum(0),
+        }
+        return Context(batch, data, summary)
+
+    def condition(self, theta: Tensor, context: Context) -> TaskPosterior:
+        """The Gaussians, or mixtures of them, of the nearest anchor of each θ `(S, d_theta)`."""
+        near = torch.cdist(theta / self._scale, self._anchors / self._scale).argmin(1)
+        loc, factor, log_share = (context.summary[name][:, near] for name in ("loc", "factor", "log_share"))
+        parts = [GaussianTasks(*pair) for pair in zip(loc, factor, strict=True)]
+        return parts[0] if len(parts) == 1 else MixtureTasks(parts, log_share)

@@ -1,0 +1,200 @@
+"""Weighted candidates of task parameters, gates, and draws paired with θ.
+
+Known tasks share one set of θ draws, so that one draw of all of them is a joint draw; new tasks are inferred one by
+one, each re-weighting θ by its own evidence. The ladder calls this file once a rung.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import psis
+from bayesmeta.inference.candidates import candidates, guide_draws, log_evidence, prior_noise
+from bayesmeta.inference.correction import SharedDraws
+from bayesmeta.inference.objectives import Guides
+
+MIN_CANDIDATES = 8
+EFFECTIVE_CANDIDATES = 16
+"""Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
+MAX_CANDIDATES = 128
+PILOT_THETA = 64
+
+
+@dataclass
+class TaskDraws:
+    """Weighted candidates of T tasks, and equally weighted draws chosen among them.
+
+    Attributes:
+        theta: θ of each of K candidates `(K, d_theta)`.
+        noise: Whitened task parameters `(K, T, d)`.
+        log_weight: Normalised log weights of the candidates of a task `(K, T)`.
+        index: The candidate that is draw s of task i `(S, T)`.
+        khat, ess: Diagnostics `(T,)`.
+        method: "exact", "psis", "laplace", "nuts", "amortized" or "prior" `(T,)`.
+        flag: What is wrong, "" if nothing is `(T,)`.
+        joint: Draw s of all tasks is one joint draw.
+    """
+
+    theta: Tensor
+    noise: Tensor
+    log_weight: np.ndarray
+    index: np.ndarray
+    khat: np.ndarray
+    ess: np.ndarray
+    method: list[str]
+    flag: list[str]
+    joint: bool
+
+    def of(self, keep: np.ndarray) -> TaskDraws:
+        """The draws of some of the tasks, `keep` `(T,)` says of which."""
+        if keep.all():
+            return self
+        columns = np.flatnonzero(keep)
+        return TaskDraws(
+            self.theta,
+            self.noise[:, columns],
+            self.log_weight[:, columns],
+            self.index[:, columns],
+            self.khat[columns],
+            self.ess[columns],
+            [self.method[i] for i in columns],
+            [self.flag[i] for i in columns],
+            self.joint,
+        )
+
+
+Parts = list[tuple[np.ndarray, TaskDraws]]
+"""Positions of tasks, and their draws."""
+
+
+def weigh_known(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks) -> TaskDraws:
+    """Joint draws of θ and of training tasks.
+
+    θ `(S, d_theta)` has already learned from these tasks: each task's parameters are chosen among M candidates at every
+    θ_s. k̂ and the relative ESS are those of log w − log p̂₋(D_i | θ_s), p̂₋ without the candidate.
+    """
+    draws = len(theta)
+    if guides.task.method == "exact":
+        return equal_draws(theta, candidates(density, guides, tasks, theta).noise, "exact", 0.0, "", joint=True)
+    per_theta = _candidates_needed(density, guides, tasks, theta)
+    pool = theta.repeat_interleave(per_theta, 0)
+    drawn = candidates(density, guides, tasks, pool)
+    raw = drawn.log_weight.reshape(draws, per_theta, len(tasks))
+    within = raw - raw.logsumexp(1, keepdim=True)
+    chosen = _choose(within)
+    offset = np.arange(draws)[:, None] * per_theta
+    leave_one_out = raw - _log_mean_of_others(raw)
+    khat, ess = _diagnose(leave_one_out.reshape(-1, len(tasks)).numpy())
+    log_weight = (within - math.log(draws)).reshape(-1, len(tasks)).numpy()
+    flag = _flags(khat, ess, len(pool))
+    method = [guides.task.method] * len(tasks)
+    return TaskDraws(pool, drawn.noise, log_weight, offset + chosen, khat, ess, method, flag, joint=True)
+
+
+def weigh_new(
+    density: TaskDensity,
+    guides: Guides,
+    theta: Tensor,
+    tasks: Tasks,
+    *,
+    replaced: Tasks | None = None,
+    before: Guides | None = None,
+) -> TaskDraws:
+    """Independent inferences of tasks that θ has not learned from.
+
+    Args:
+        density: The model.
+        guides: What was learned.
+        theta: Draws of θ given the training tasks `(S, d_theta)`.
+        tasks: The new tasks.
+        replaced: The training tasks that `tasks` replace: their evidence is divided out of θ.
+        before: The guides that estimate that evidence; by default `guides`.
+    """
+    drawn = candidates(density, guides, tasks, theta)
+    raw = drawn.log_weight
+    if replaced is not None:
+        raw = raw - log_evidence(density, before or guides, replaced, theta, per_theta=EFFECTIVE_CANDIDATES)
+    smoothed, khat = psis.smooth(raw.numpy().T)
+    ess = psis.relative_ess(raw.numpy().T)
+    generator = np.random.default_rng(int(torch.randint(2**62, ())))
+    index = psis.resample(smoothed, len(theta), generator).T
+    flag = _flags(khat, ess, len(theta))
+    if guides.task.method == "exact":
+        khat = np.where([not text for text in flag], 0.0, khat)
+    method = [guides.task.method] * len(tasks)
+    return TaskDraws(theta, drawn.noise, smoothed.T, index, khat, ess, method, flag, joint=False)
+
+
+def draw_empty(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:
+    """Draws of the prior for tasks without rows."""
+    noise = prior_noise(density, guides, tasks, theta)
+    return equal_draws(theta, noise, "prior", 0.0, "", joint)
+
+
+def resample_theta(shared: SharedDraws, draws: int) -> Tensor:
+    """Equally weighted draws of θ `(draws, d_theta)`; those of chains stay in their order, thinned evenly."""
+    if shared.chains and draws <= len(shared.theta) and np.ptp(shared.log_weight) == 0:
+        return shared.theta[torch.as_tensor(np.arange(draws) * len(shared.theta) // draws)]
+    generator = np.random.default_rng(int(torch.randint(2**62, ())))
+    return shared.theta[torch.as_tensor(psis.resample(shared.log_weight, draws, generator))]
+
+
+def draw_unchecked(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:
+    """Draws of the guide as they are."""
+    noise = guide_draws(density, guides, tasks, theta)
+    return equal_draws(theta, noise, "amortized", math.nan, "not checked (refine='none')", joint)
+
+
+def equal_draws(theta: Tensor, noise: Tensor, method: str, khat: float, flag: str, joint: bool) -> TaskDraws:
+    """Equally weighted draws `(S, T, d)` of all tasks."""
+    draws, count = noise.shape[:2]
+    index = np.broadcast_to(np.arange(draws)[:, None], (draws, count))
+    log_weight = np.broadcast_to(np.float64(-math.log(draws)), (draws, count))
+    ones = np.ones(count)
+    return TaskDraws(theta, noise, log_weight, index, khat * ones, ones, [method] * count, [flag] * count, joint=joint)
+
+
+def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> int:
+    """M such that M × relative ESS ≥ 16 for every task, from a pilot."""
+    pilot = theta[:PILOT_THETA].repeat_interleave(MIN_CANDIDATES, 0)
+    raw = candidates(density, guides, tasks, pilot).log_weight.reshape(-1, MIN_CANDIDATES, len(tasks))
+    _, ess = _diagnose((raw - _log_mean_of_others(raw)).reshape(-1, len(tasks)).numpy())
+    worst = max(float(np.min(ess)), EFFECTIVE_CANDIDATES / MAX_CANDIDATES)
+    return max(MIN_CANDIDATES, math.ceil(EFFECTIVE_CANDIDATES / worst))
+
+
+def _log_mean_of_others(raw: Tensor) -> Tensor:
+    """Log of the mean weight of the other candidates at the same θ: `(S, M, T)` -> `(S, M, T)`."""
+    peak = raw.amax(1, keepdim=True)
+    scaled = (raw - peak).exp()
+    others = (scaled.sum(1, keepdim=True) - scaled).clamp(min=torch.finfo(raw.dtype).tiny)
+    return others.log() + peak - math.log(raw.shape[1] - 1)
+
+
+def _choose(log_share: Tensor) -> np.ndarray:
+    """Draws one candidate of each θ and task: `(S, M, T)` -> `(S, T)`."""
+    cumulative = log_share.exp().cumsum(1)
+    point = torch.rand(log_share.shape[0], 1, log_share.shape[2], dtype=log_share.dtype)
+    return (cumulative < point * cumulative[:, -1:]).sum(1).clamp(max=log_share.shape[1] - 1).numpy()
+
+
+def _diagnose(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k̂ and relative ESS of each task from log weights `(K, T)`."""
+    _, khat = psis.smooth(log_weight.T)
+    return khat, psis.relative_ess(log_weight.T)
+
+
+def _flags(khat: np.ndarray, ess: np.ndarray, count: int) -> list[str]:
+    limit = psis.khat_limit(count)
+    good = psis.accepted(khat, ess, count)
+    return [
+        "" if ok else f"importance sampling failed: k̂ {k:.2f} (limit {limit:.2f}), relative ESS {e:.3f} (limit 0.2)"
+        for ok, k, e in zip(good, khat, ess, strict=True)
+    ]
