@@ -2,8 +2,8 @@
 
 The model: `y_i ~ N(phi_i, s_i²)` with s_i known, `phi_i ~ N(x_iᵀ beta, tau²)`, beta flat or normal, and any proper
 prior of tau. Given tau everything is normal in closed form (`random_effects/given_tau.py`); tau is averaged over by
-adaptive quadrature (`random_effects/tau_posterior.py`), so that moments, quantiles and the marginal likelihood are right
-to 1e-6 and better.
+adaptive quadrature (`random_effects/tau_posterior.py`), so that moments, quantiles and the marginal likelihood are
+right to 1e-6 and better.
 
 Deviations from the R package of Röver: adaptive panels instead of a grid built to a given divergence; an improper prior
 of tau is refused, because with it neither the marginal likelihood nor a Bayes factor exists.
@@ -77,7 +77,8 @@ def meta_analysis(
 
     Example:
         >>> import bayesmeta as bm, pyro.distributions as dist
-        >>> effect, error = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
+        >>> effect = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
+        >>> error = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
         >>> found = bm.models.meta_analysis(effect, error, tau_prior=dist.HalfCauchy(5.0), mu_prior=(0.0, 5.0))
         >>> print(f"{found.mu.mean:.4f} {found.mu.sd:.4f} {found.tau.mean:.4f} {found.log_marginal_likelihood:.4f}")
         4.3968 3.3177 3.5977 -31.3113
@@ -105,8 +106,8 @@ def meta_analysis(
 class MetaAnalysis:
     """What the studies say together; made by `meta_analysis`.
 
-    Every parameter has `mean`, `sd`, `quantile(q)`, `pdf(x)` and `cdf(x)`; `draws` gives joint draws of all. The verbs of a
-    `bm.Posterior`, `mean(name)`, `sd(name)` and `quantile(name, q)`, work too.
+    Every parameter has `mean`, `sd`, `quantile(q)`, `pdf(x)` and `cdf(x)`; `draws` gives joint draws of all. The
+    verbs of a `bm.Posterior`, `mean(name)`, `sd(name)` and `quantile(name, q)`, work too.
 
     Attributes:
         names: Of the studies; their `effects` and `standard_errors` `(k,)`.
@@ -270,13 +271,11 @@ class MetaAnalysis:
         if len(self.names) > len(self.coefficients):
             parts.append((["i2"], self.i2))
         lines = []
-        for labels, part in parts:
+        for parameters, part in parts:
             lower, median, upper = np.reshape(part.quantile(LIMITS), (3, -1))
-            values = zip(labels, np.ravel(part.mean), np.ravel(part.sd), median, lower, upper, strict=True)
-            lines += [
-                dict(zip(("parameter", "mean", "sd", "median", "lower", "upper"), v, strict=True)) for v in values
-            ]
-        return pandas.DataFrame(lines)
+            values = zip(parameters, np.ravel(part.mean), np.ravel(part.sd), median, lower, upper, strict=True)
+            lines += list(values)
+        return pandas.DataFrame(lines, columns=["parameter", "mean", "sd", "median", "lower", "upper"])
 
     def forest_plot(self, where: str | pathlib.Path | Axes | None = None, *, label: str = "effect") -> Figure:
         """Own estimates and posteriors of the studies, mu, and a new study, with 95 % intervals.

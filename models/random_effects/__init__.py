@@ -1,1 +1,1 @@
-"""The parts of `models/meta_analysis.py`: arguments, the model given tau, the prior and posterior of tau, the picture."""
+"""The parts of `models/meta_analysis.py`: arguments, the model given tau, prior and posterior of tau, picture."""

@@ -11,6 +11,7 @@ Normal = tuple[Any, Any]
 
 
 def numbers(name: str, values: Any) -> np.ndarray:
+    """An array of finite numbers."""
     out = np.asarray(values, dtype=float)
     wrong = np.argwhere(~np.isfinite(out))
     if len(wrong):
@@ -20,6 +21,7 @@ def numbers(name: str, values: Any) -> np.ndarray:
 
 
 def labels(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Different names, one a study."""
     found = tuple(str(name) for name in names) if names is not None else tuple(f"study {i + 1}" for i in range(count))
     if len(found) != count or len(set(found)) != count:
         raise ValueError(f"names: expected {count} different names, one a study, got {found!r:.200}")
@@ -53,9 +55,7 @@ def normal_prior(name: str, given: Normal | None, count: int) -> np.ndarray:
     try:
         mean, sd = (np.broadcast_to(numbers(name, part), (count,)) for part in given)
     except ValueError as error:
-        raise ValueError(
-            f"{name}: expected finite numbers, one each or one a coefficient ({count}), {error}"
-        ) from error
+        raise ValueError(f"{name}: expected numbers, one or one a coefficient ({count}): {error}") from error
     if (sd <= 0).any():
         raise ValueError(f"{name}: expected a positive sd, got {sd.min():g}; None is a flat prior")
     return np.stack([mean, sd], 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -39,8 +39,7 @@ def draw_forest(analysis: Any, where: str | pathlib.Path | Axes | None, *, label
         raise ValueError("plots need matplotlib: pip install 'bayesmeta[plots]'") from error
     if isinstance(where, Axis):
         _draw(analysis, where, label)
-        figure: Figure = where.get_figure(root=True)
-        return figure
+        return cast("Figure", where.get_figure(root=True))
     height = min(2.0 + 0.45 * (len(analysis.names) + 2), 80.0)
     figure = Canvas(figsize=(9.5, height), layout="constrained", dpi=110)
     _draw(analysis, figure.subplots(), label)

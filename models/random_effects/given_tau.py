@@ -65,7 +65,7 @@ class RandomEffects:
                 "got fewer studies than coefficients or columns that depend on each other or on the intercept; leave "
                 "columns out or give slope_prior=(mean, sd)"
             )
-        return np.linalg.qr(rows, mode="r")
+        return np.asarray(np.linalg.qr(rows, mode="r"))
 
     def _solve(self, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Variances of all rows `(n, k + q)`, and precision `(n, p, p)` and mean `(n, p)` of the coefficients."""

@@ -76,16 +76,17 @@ def integrate(log_f: Function, edges: np.ndarray, *, orders: Sequence[int] = (0,
         bad = (error > allowed).any(1)
         total = total + fine[~bad].sum(0)
         twice = np.repeat(bad, 2)
-        kept.append(Panels(left[~twice], right[~twice], child.log_f[~twice]))
+        kept.append((left[~twice], right[~twice], child.log_f[~twice]))
         parent = Panels(left[twice], right[twice], child.log_f[twice])
         if not bad.any():
-            joined = [np.concatenate([getattr(part, name) for part in kept]) for name in ("left", "right", "log_f")]
-            order = np.argsort(joined[0], kind="stable")
-            return Panels(joined[0][order], joined[1][order], joined[2][order])
-    where = f"near tau = {math.exp(parent.left[0]):.6g}" if len(parent.left) else "anywhere"
+            left, right, found = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+            order = np.argsort(left, kind="stable")
+            return Panels(left[order], right[order], found[order])
+    if not math.isfinite(peak):
+        raise ValueError("tau_prior: expected a density, but it is 0 wherever it was looked at; is it a point mass?")
     raise ValueError(
-        f"tau_prior: the integral over tau does not converge {where}: expected a density that is smooth inside its "
-        "support; give a distribution whose support has the jump as its end"
+        f"tau_prior: the integral over tau does not converge near tau = {math.exp(parent.left[0]):.6g}: expected a "
+        "density that is smooth inside its support; give a distribution whose support ends there"
     )
 
 
@@ -157,9 +158,8 @@ class TauPosterior:
     def cdf(self, x: Values) -> np.ndarray:
         """Probability of a smaller scale than x, of any shape."""
         panels = self._panels
-        low, high = panels.left[0], panels.right[-1]
         with np.errstate(divide="ignore"):
-            place = np.clip(np.log(np.maximum(np.asarray(x, dtype=float), 0.0)), low, high)
+            place = np.clip(np.log(np.maximum(np.asarray(x, dtype=float), 0.0)), panels.left[0], panels.right[-1])
         k = np.clip(np.searchsorted(panels.left, place, side="right") - 1, 0, len(panels.left) - 1)
         unit = 2 * (place - panels.left[k]) / (panels.right[k] - panels.left[k]) - 1
         return np.clip(self._below[k] + self._antiderivative(unit, k), 0.0, 1.0)
@@ -239,10 +239,10 @@ def _check_mass(prior: TauPrior, edges: np.ndarray) -> None:
     mass = float(panels.parts(0.0, 0.0, (0,)).sum())
     if abs(mass - 1) > 1e-6:
         raise ValueError(
-            f"tau_prior: expected a proper prior, whose density integrates to 1 over [0, inf), got {mass:.6g}. Under an "
-            "improper one the marginal likelihood and the Bayes factor are undefined, and with few studies the "
-            "posterior too. Use dist.HalfNormal(scale), dist.HalfCauchy(scale), dist.Uniform(0., upper) or a "
-            "normalised log density"
+            "tau_prior: expected a proper prior, whose density integrates to 1 over [0, inf) (numerically: from e^-300 "
+            f"to e^300), got {mass:.6g}. Under an improper one the marginal likelihood and the Bayes factor are "
+            "undefined, and with few studies the posterior too. Use dist.HalfNormal(scale), dist.HalfCauchy(scale), "
+            "dist.Uniform(0., upper) or a normalised log density"
         )
 
 

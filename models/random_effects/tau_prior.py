@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class TauPrior:
 
     def __init__(self, prior: Distribution | Function) -> None:
         self.low, self.high, self.marks = 0.0, math.inf, np.empty(0)
-        self._function = prior
+        self._function: Any = prior
         if isinstance(prior, Distribution):
             if prior.batch_shape or prior.event_shape:
                 shape = (*prior.batch_shape, *prior.event_shape)
@@ -51,7 +52,12 @@ class TauPrior:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             drawn = np.sort(prior.sample(torch.Size([257])).double().numpy())
-        self.marks = np.log(drawn[(drawn > 0) & np.isfinite(drawn)])[::16]
+        marks = np.log(drawn[(drawn > 0) & np.isfinite(drawn)])[::16]
+        if len(marks):
+            # The tails of a narrow prior would fall between the nodes of the wide panels beside it.
+            reach = np.ptp(marks) * 2.0 ** np.arange(64)
+            reach = reach[reach < 1]
+            self.marks = np.concatenate([marks, marks[0] - reach, marks[-1] + reach])
 
     def log_density(self, tau: np.ndarray) -> np.ndarray:
         """Log density at scales of any shape; -inf outside the support.
@@ -67,7 +73,10 @@ class TauPrior:
             raise ValueError(f"tau_prior: expected a log density of shape {tau[inside].shape}, got {found.shape}")
         wrong = np.isnan(found) | (np.isposinf(found) & (tau[inside] > 0))
         if wrong.any():
-            raise ValueError(f"tau_prior: its log density is {found[wrong][0]} at tau = {tau[inside][wrong][0]:.6g}")
+            raise ValueError(
+                f"tau_prior: its log density is {found[wrong][0]} at tau = {tau[inside][wrong][0]:.6g}; "
+                "expected numbers, and -inf where tau cannot be"
+            )
         out[inside] = found
         return out
 
@@ -82,7 +91,7 @@ class TauPrior:
         return np.unique(every[(every >= low) & (every <= high)])
 
 
-def _in_double(thing: object) -> object:
+def _in_double(thing: Any) -> Any:
     """A copy of a distribution that computes in float64 and does not validate; torch's half-Cauchy casts scales."""
     if isinstance(thing, torch.Tensor):
         return thing.detach().double() if thing.is_floating_point() else thing.detach()
