@@ -36,7 +36,7 @@ def schools(batch: bm.Batch) -> None:
 def main(
     *, out: pathlib.Path = pathlib.Path("."), steps: int | None = None, draws: int = 4000, progress: bool = True
 ) -> dict[str, np.ndarray]:
-    """Fits, draws the forest plot, and returns the schools' posterior means and sds and the errors of the means in exact sds.
+    """Fits, draws forest plots; returns the schools' posterior means, sds, and errors of means in exact sds.
 
     Args:
         out: Folder of the picture.

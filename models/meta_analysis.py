@@ -83,7 +83,7 @@ def meta_analysis(
         >>> print(f"{found.mu.mean:.4f} {found.mu.sd:.4f} {found.tau.mean:.4f} {found.log_marginal_likelihood:.4f}")
         4.3968 3.3177 3.5977 -31.3113
         >>> print(found.new.quantile([0.05, 0.95]).round(2))
-        [-3.79 13.49]
+        [-4.63 13.09]
     """
     y = numbers("effects", effects)
     errors = numbers("standard_errors", standard_errors)
