@@ -19,7 +19,7 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 _TO_SERIES = np.linalg.inv(np.polynomial.legendre.legvander(NODES, 15))
 Values = float | Sequence[float] | np.ndarray
 TOLERANCE = 1e-11
-ROUNDS = 60
+MOST = 2000
 DIVERGES = 1e-10
 """An integral of which the last panel before e^300 holds more than this share is called infinite."""
 
@@ -53,7 +53,7 @@ def integrate(log_f: Function, edges: np.ndarray, *, orders: Sequence[int] = (0,
         centre: Log of the unit of tau.
 
     Raises:
-        ValueError: If 60 rounds of halving are not enough: the density jumps or is singular inside its support.
+        ValueError: If more than 2,000 panels at once would have to be halved: the density is not smooth.
     """
 
     def evaluated(left: np.ndarray, right: np.ndarray) -> Panels:
@@ -61,7 +61,7 @@ def integrate(log_f: Function, edges: np.ndarray, *, orders: Sequence[int] = (0,
 
     parent = evaluated(edges[:-1], edges[1:])
     kept, total, peak = [], np.zeros(len(orders)), float(parent.log_f.max())
-    for _ in range(ROUNDS):
+    while len(parent.left) <= MOST:
         middle = 0.5 * (parent.left + parent.right)
         left, right = np.stack([parent.left, middle], 1).ravel(), np.stack([middle, parent.right], 1).ravel()
         child = evaluated(left, right)
