@@ -71,6 +71,8 @@ def test_meta_analysis(tmp_path: pathlib.Path, exact: Callable[[str], tuple[Any,
         assert abs(found["mean"][j] - line["mean"]) < 0.1 * line["sd"]
         assert found["sd"][j] == pytest.approx(line["sd"], rel=0.1)
     assert abs(found["mu"][0] - truth["mu"]["mean"]) < 0.1 * truth["mu"]["sd"]
+    assert found["off"].max() < 0.1
+    assert (tmp_path / "eight_schools_exact.png").stat().st_size > 5000
     assert (tmp_path / "eight_schools.png").stat().st_size > 5000
 
 
