@@ -33,15 +33,12 @@ class Alone:
     Attributes:
         theta: `(draw, T, d_theta)`.
         noise: `(draw, T, d)`.
-        khat, ess: Of the weights they were drawn with `(T,)`.
-        accepted: Whether these weights pass the gates `(T,)`.
+        flag: What is wrong with the weights they were drawn with, "" if nothing `(T,)`.
     """
 
     theta: Tensor
     noise: Tensor
-    khat: np.ndarray
-    ess: np.ndarray
-    accepted: np.ndarray
+    flag: np.ndarray
 
 
 def infer_alone(density: TaskDensity, guides: Guides, tasks: Tasks, *, draws: int, pool: int) -> Alone:
@@ -67,7 +64,13 @@ def infer_alone(density: TaskDensity, guides: Guides, tasks: Tasks, *, draws: in
         torch.stack([getattr(sample, name)[index] for sample, index in zip(samples, kept, strict=True)], 1)
         for name in ("theta", "noise")
     )
-    return Alone(theta, noise, khat, ess, psis.accepted(khat, ess, pool))
+    return Alone(theta, noise, _flags(khat, ess, pool))
+
+
+def _flags(khat: np.ndarray, ess: np.ndarray, count: int) -> np.ndarray:
+    good = psis.accepted(khat, ess, count)
+    texts = [f"importance sampling failed: k̂ {k:.2f}, relative ESS {e:.3f}" for k, e in zip(khat, ess, strict=True)]
+    return np.where(good, "", np.array(texts, dtype=object))
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _improved(density: TaskDensity, guides: Guides, task: Tasks, sample: _Sample
         if sample.ess >= 2 * psis.MIN_RELATIVE_ESS:
             break
         proposal = Adapted(sample.theta, _tempered(sample.log_weight, least=20 * (dim + 1)))
-        from_prior = (torch.rand(count, 1) < PRIOR_SHARE)
+        from_prior = torch.rand(count, 1) < PRIOR_SHARE
         theta = torch.where(from_prior, density.draw_theta(count), proposal.sample(count))
         log_prior = density.log_prior(theta)
         log_fitted = proposal.log_prob(theta) + math.log(1 - PRIOR_SHARE)

@@ -25,9 +25,7 @@ MAX_GRADIENT = 10.0
 """Bound on the gradient of a pair, in prior sds: tiny scales give huge ones. At the exact posterior all are 0."""
 
 
-def train_encoder(
-    density: TaskDensity, simulated: Simulated, options: Amortized, *, progress: bool = False
-) -> Guides:
+def train_encoder(density: TaskDensity, simulated: Simulated, options: Amortized, *, progress: bool = False) -> Guides:
     """Trains the guide that the options describe on simulated tasks; their q(θ) and objective are not used.
 
     Args:
@@ -44,9 +42,7 @@ def train_encoder(
     return fit_amortized(density, simulated.tasks, own, progress=progress, shared=prior)[0]
 
 
-def paired_elbo(
-    theta_of: dict[str, Tensor], density: TaskDensity, guides: Guides, step: Step
-) -> tuple[Tensor, Info]:
+def paired_elbo(theta_of: dict[str, Tensor], density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info]:
     """The negative bound of log p(D_i | θ_i) a task, each task at its own θ, with the sticking-the-landing gradient.
 
     References:

@@ -76,6 +76,13 @@ class TaskDensity:
         self.prior_theta = self._recorded(self._drawn_theta, random=True, sampled="all")
         self._shared_prior = self._recorded(lambda trace, latents: trace.shared_prior, vary=1)
         self._shared_values = self._recorded(lambda trace, latents: dict(trace.values), vary=1)
+        self._untrained = dict(self.learned.values)
+
+    def again(self) -> TaskDensity:
+        """The same density with its learned values as they were at first; what was recorded and compiled is shared."""
+        copied = copy.copy(self)
+        copied.learned = replace(self.learned, values=dict(self._untrained))
+        return copied
 
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         """The tensors of a batch as the model's functions take them: floating ones in `dtype`."""
@@ -249,6 +256,38 @@ class TaskDensity:
                 "net.requires_grad_(False)"
             )
         return captured.frozen
+
+
+class Read:
+    """A model that has been read: whoever fits it to many collections of tasks of one schema reads it once.
+
+    Args:
+        density: The model's density.
+    """
+
+    def __init__(self, density: TaskDensity) -> None:
+        self.density = density
+
+    def __call__(self, batch: Batch) -> Any:
+        """Runs the model."""
+        return self.density.model(batch)
+
+
+def read(model: Model, tasks: Tasks, *, dtype: torch.dtype) -> TaskDensity:
+    """The density of a model, read with these tasks unless it has been read already.
+
+    Raises:
+        ValueError: The model cannot be used, or has been read with tasks of other columns or another dtype.
+    """
+    if not isinstance(model, Read):
+        return TaskDensity(model, tasks, dtype=dtype)
+    density = model.density
+    if (density.schema.dtypes, density.dtype) != (tasks.schema.dtypes, dtype):
+        raise ValueError(
+            f"a model that was read with columns {density.schema.dtypes} in {density.dtype} cannot be used with "
+            f"{tasks.schema.dtypes} in {dtype}; read it anew"
+        )
+    return density.again()
 
 
 def _site(name: str, in_tasks: bool, fn: dist.TorchDistribution) -> Site:
