@@ -101,9 +101,9 @@ class Calibration:
 
     def table(self) -> str:
         """A line a parameter: p-value, inside or outside, and the share of ranks in the lowest and highest tenth."""
-        count = int(self.accepted.sum())
+        total, count = len(self.flag), int(self.accepted.sum())
         lines = [
-            f"{count} of {len(self.flag)} replicates, {len(self.flag) - count} flagged and left out; {self.draws} draws",
+            f"{count} of {total} replicates, {total - count} flagged and left out; {self.draws} draws",
             f"{'parameter':<24} {'p':>8}  {'band':<8} {'lowest 10 %':>12} {'highest 10 %':>13}",
         ]
         inside = self.inside

@@ -49,7 +49,7 @@ def rank_ecdfs(
         outside = bool(((below < low) | (below > high)).any())
         axis.plot(place, below / total - place, color=ORANGE if outside else BLUE, linewidth=2, label="ranks")
         axis.axhline(0, color="black", linewidth=0.7)
-        axis.set(title=f"{name}   p = {p[name]:.3g}", xlabel="rank / draws", ylabel="ECDF − uniform", xlim=(0, 1))
+        axis.set(title=f"{name}   {_p(p[name])}", xlabel="rank / draws", ylabel="ECDF − uniform", xlim=(0, 1))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 2, frameon=False)
     return figure
@@ -104,7 +104,7 @@ def misfits(names: Sequence[str], z: np.ndarray, p: np.ndarray, named: Sequence[
         if some.any():
             axis.plot(z[order][some], line[some], "o", color=colour, markersize=7, label=label)
     axis.axvline(0, color="black", linewidth=0.7)
-    axis.set_yticks(line, [f"{names[i]}   p = {p[i]:.3g}" for i in order])
+    axis.set_yticks(line, [f"{names[i]}   {_p(p[i])}" for i in order])
     axis.set(xlabel=f"{statistic}: observed − simulated mean, in simulated sds", ylim=(0.3, len(order) + 0.7))
     figure.legend(loc="outside upper center", ncols=3, fontsize=FONT - 2, frameon=False)
     return figure
@@ -126,7 +126,7 @@ def replicated(observed: float, drawn: np.ndarray, p: np.ndarray, *, statistic: 
     figure, (left, right) = panels(2, width=5.4, height=4.4)
     left.hist(drawn, 40, color=BLUE, alpha=0.4, label="replicated")
     left.axvline(observed, color=ORANGE, linewidth=2.5, label="observed")
-    left.set(xlabel=f"{statistic}, mean over tasks", ylabel="replicated data sets", title=f"p = {overall:.3g}")
+    left.set(xlabel=f"{statistic}, mean over tasks", ylabel="replicated data sets", title=_p(overall))
     left.margins(y=0.25)
     legend(left)
     share = (np.arange(len(p)) + 0.5) / len(p)
@@ -135,3 +135,7 @@ def replicated(observed: float, drawn: np.ndarray, p: np.ndarray, *, statistic: 
     right.set(xlabel="p-value of a task", ylabel="share of tasks below", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     legend(right)
     return figure
+
+
+def _p(value: float) -> str:
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.3g}"

@@ -231,7 +231,8 @@ def panels(count: int, *, width: float, height: float, per_row: int | None = Non
 
     Args:
         count: Number of panels.
-        width, height: Of one panel, in inches.
+        width: Of one panel, in inches.
+        height: Of one panel, in inches.
         per_row: Panels a row at most.
 
     Raises:

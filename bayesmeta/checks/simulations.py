@@ -107,14 +107,34 @@ def shells(like: Tasks, count: int, *, name: str) -> Tasks:
     """`count` tasks with the x, columns and sizes of `like`, in turn.
 
     Raises:
-        ValueError: Tasks carry weights: no simulated data set has weights.
+        ValueError: The tasks carry weights.
     """
-    if like.weight is not None or like.task_weight is not None:
+    return unweighted(like, missing=True).copies(np.arange(count) % len(like), names=numbered(name, count))
+
+
+def unweighted(tasks: Tasks, *, missing: bool = False) -> Tasks:
+    """The tasks, if a simulated data set can be like them.
+
+    Args:
+        tasks: Tasks whose sizes and inputs, and labels if they are compared with simulated ones, are used.
+        missing: Whether labels may be missing.
+
+    Raises:
+        ValueError: They carry weights, or labels are missing.
+    """
+    if tasks.weight is not None or tasks.task_weight is not None:
         raise ValueError(
-            "simulated tasks: expected tasks without weights, which are no part of how data arise; pass tasks made "
-            "without weight= and task_weight="
+            "expected tasks without weights, which are no part of how data arise, so that none can be simulated; pass "
+            "tasks made without weight= and task_weight="
         )
-    return like.copies(np.arange(count) % len(like), names=numbered(name, count))
+    if not missing and not bool(tasks.observed.all()):
+        absent = (~tasks.observed).reshape(len(tasks.observed), -1).any(1).nonzero()
+        row = int(absent[0])
+        task = tasks.names[int((tasks.offsets <= row).sum()) - 1]
+        raise ValueError(
+            f"expected complete labels, as simulated tasks have; task {task!r} has missing ones: drop its rows"
+        )
+    return tasks
 
 
 def numbered(name: str, count: int) -> Sequence[str]:

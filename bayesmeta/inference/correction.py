@@ -92,10 +92,12 @@ class Adapted:
         self._factor = ADAPTED_WIDTH * torch.linalg.cholesky(covariance)
 
     def sample(self, count: int) -> Tensor:
+        """Draws `(count, d)`."""
         noise = torch.randn(count, len(self._mean), dtype=self._mean.dtype)
         return (self._mean + noise * heavy_scale((count, 1), noise) @ self._factor.mT).to(self._dtype)
 
     def log_prob(self, theta: Tensor) -> Tensor:
+        """Log density `(S,)`."""
         white = torch.linalg.solve_triangular(self._factor, (theta.double() - self._mean).mT, upper=False).mT
         log_det = -self._factor.diagonal().log().sum()
         return student_t_log_prob(white.square().sum(-1), log_det, theta.shape[1])
