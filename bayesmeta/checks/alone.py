@@ -22,7 +22,7 @@ from bayesmeta.inference.objectives import Guides
 
 PRIOR_SHARE = 0.15
 """Of prior draws in every proposal for θ."""
-ROUNDS = 4
+ROUNDS = 6
 """Proposals at most, the prior counted as the first."""
 
 

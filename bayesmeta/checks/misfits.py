@@ -88,7 +88,7 @@ def misfit(
     *,
     statistic: str | Statistic = EVIDENCE,
     replicates: int = 200,
-    draws: int = 100,
+    draws: int = 200,
     seed: int = 0,
 ) -> Misfit:
     """Says of each task, training task or new, how unlike tasks of the fitted model it is.
@@ -159,7 +159,12 @@ class _Compare:
 
 def _measure(inside: Inside, statistic: str | Statistic) -> tuple[str, Measure]:
     if isinstance(statistic, str) and statistic == EVIDENCE:
-        return EVIDENCE, lambda tasks, weight: np.logaddexp.reduce(weight + inside.log_evidence(tasks, per_theta=1), 0)
+
+        def evidence(tasks: Tasks, weight: np.ndarray) -> np.ndarray:
+            found = np.logaddexp.reduce(weight + inside.log_evidence(tasks, per_theta=1), 0)
+            return np.where(np.asarray(tasks.sizes) > 0, found, 0.0)
+
+        return EVIDENCE, evidence
     name, function = chosen_statistic(statistic)
 
     def summary(tasks: Tasks, weight: np.ndarray) -> np.ndarray:

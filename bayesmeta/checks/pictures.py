@@ -99,6 +99,9 @@ def misfits(names: Sequence[str], z: np.ndarray, p: np.ndarray, named: Sequence[
     figure, (axis,) = panels(1, width=8.0, height=1.6 + 0.3 * len(order))
     line = np.arange(len(order), 0, -1)
     unlike = np.array([names[i] in named for i in order])
+    if np.abs(z).max(initial=0.0) > 10:
+        axis.set_xscale("symlog", linthresh=4, linscale=2)
+        axis.xaxis.set_major_formatter("{x:g}")
     axis.axvspan(-2, 2, color=GREY, alpha=0.2, label="± 2 simulated sds")
     for some, colour, label in ((~unlike, BLUE, "like the others"), (unlike, ORANGE, "unlike the others")):
         if some.any():

@@ -102,7 +102,7 @@ def posterior_predictive(
         raise ValueError(f"posterior_predictive: expected a Posterior, got {type(post).__name__}: fit.posterior(tasks)")
     if post.density.structure.coupled:
         raise ValueError(
-            f"posterior_predictive: site {post.density.structure.coupled[0]!r} couples the rows of a task, so that labels "
+            f"posterior_predictive: site {post.density.structure.coupled[0]!r} couples the rows, so that labels "
             "drawn at the observed rows would repeat them; check predictions of held-out rows instead"
         )
     name, function = chosen_statistic(statistic)

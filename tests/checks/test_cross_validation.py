@@ -54,11 +54,11 @@ def test_leaving_out_is_not_the_density_with_the_task_in(fit: Any) -> None:
 
 
 def test_a_task_that_decides_on_theta_is_flagged() -> None:
-    rows = {"a": [0.1, -0.1], "b": [0.0, 0.2], "odd": [15.0] * 4}
+    rows = drawn_rows(12, seed=6) | {"odd": [15.0] * 4}
     found = checks.leave_one_task_out(fitted(rows))
-    assert found.flag[2].startswith("leaving it out changes too much: k̂")
+    assert found.flag[-1].startswith("leaving it out changes too much: k̂")
     assert "odd" in found.table()
-    assert list(found.flag[:2]) == ["", ""]
+    assert list(found.flag[:-1]) == [""] * 12
 
 
 def test_rows_through_arviz_are_exact(fit: Any) -> None:
