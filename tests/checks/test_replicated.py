@@ -10,6 +10,7 @@ from conjugate import SIGMA, drawn_rows, fitted, make_tasks
 
 from bayesmeta import checks
 from bayesmeta.checks.replicated import Replicated
+from bayesmeta.data.tasks import Tasks
 
 ROWS = drawn_rows(40, seed=1, sizes=(6, 12))
 
@@ -50,6 +51,9 @@ def test_tasks_without_rows_are_left_out_and_missing_labels_masked() -> None:
     found = checks.posterior_predictive(fit.posterior(make_tasks({"empty": [], "one": [1.0, 2.0]})), "max")
     assert found.names == ("one",)
     assert found.observed.tolist() == [2.0]
+    gaps = Tasks.from_arrays(None, [[1.0, np.nan, 2.0]], names=["holed"], missing="mask")
+    rows = checks.posterior_predictive(fit.posterior(gaps), lambda y: float(len(y)))
+    assert (rows.observed.tolist(), set(rows.drawn[:, 0])) == ([2.0], {2.0})
     with pytest.raises(ValueError, match="expected tasks with rows, got none"):
         checks.posterior_predictive(fit.posterior(make_tasks({"empty": []})))
 
