@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesmeta.data.tasks import Tasks
-from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.density import TaskDensity, read
 from bayesmeta.hierarchy.model import ConditionalModel
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
@@ -101,7 +101,7 @@ def fit(
         model.check(tasks)
     training = TrainingTasks(tasks)
     with seeded(seed):
-        density = TaskDensity(model, tasks, dtype=dtype)
+        density = read(model, tasks, dtype=dtype)
         _check_support(density, tasks)
         file = None if checkpoint is None else FileCheckpoint(checkpoint, density, training, options, seed)
         # Training changes guides and embeddings in place: the user's own stay as they are.

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
+from bayesmeta.fitting import Fit, fit
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.amortized import Amortized
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import Context, TaskGuide
 from bayesmeta.inference.shared import NormalShared
+from bayesmeta.inference.training import Optimizer
 
 TAU, SIGMA, WIDE = 1.0, 0.8, 3.0
 ROWS: dict[str, list[float]] = {
@@ -132,6 +135,19 @@ def exact_guides(rows: dict[str, Sequence[float]], *, shift: float = 0.0, width:
 def density() -> TaskDensity:
     """The model, read and recorded once for all tests of a file: it fits any rows without inputs."""
     return TaskDensity(centre, make_tasks(ROWS))
+
+
+def drawn_rows(count: int, *, seed: int, sizes: Sequence[int] = (3, 8, 20), mu: float = 1.0) -> dict[str, list[float]]:
+    """Rows of tasks named "<seed>-0", … from the model at one mu."""
+    rng = np.random.default_rng(seed)
+    means = mu + TAU * rng.normal(size=count)
+    return {f"{seed}-{i}": rng.normal(a, SIGMA, sizes[i % len(sizes)]).tolist() for i, a in enumerate(means)}
+
+
+def fitted(rows: dict[str, Sequence[float]], **options: Any) -> Fit:
+    """A fit with the exact task guide, so that only q(θ) is trained."""
+    method = Amortized(guide=ExactGuide(), optimizer=Optimizer(steps=200), **options)
+    return fit(centre, make_tasks(rows), method=method, progress=False)
 
 
 def setting(rows: dict[str, Sequence[float]], **options: float) -> tuple[TaskDensity, Guides, Tasks]:

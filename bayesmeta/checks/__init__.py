@@ -1,1 +1,27 @@
-"""Room five: is it right, and how do I see it? Scores, comparisons of ways of sharing, plots."""
+"""Room five: is it right, and how do I see it? Calibration, coverage, misfit, scores, ways of sharing, plots."""
+
+from bayesmeta.checks import metrics, plots, sharing
+from bayesmeta.checks.calibration import Calibration, sbc
+from bayesmeta.checks.cross_validation import LeftOut, leave_one_task_out, loo
+from bayesmeta.checks.intervals import Coverage, coverage
+from bayesmeta.checks.misfits import Misfit, misfit
+from bayesmeta.checks.refits import sbc_fit
+from bayesmeta.checks.replicated import Replicated, posterior_predictive
+
+__all__ = [
+    "Calibration",
+    "Coverage",
+    "LeftOut",
+    "Misfit",
+    "Replicated",
+    "coverage",
+    "leave_one_task_out",
+    "loo",
+    "metrics",
+    "misfit",
+    "plots",
+    "posterior_predictive",
+    "sbc",
+    "sbc_fit",
+    "sharing",
+]

@@ -47,7 +47,7 @@ def shrinkage(
     Returns:
         One panel: hollow the task's own estimate, filled the posterior mean with its 90 % interval.
     """
-    figure, axes = _panels(1, width=9.0, height=5.5)
+    figure, axes = panels(1, width=9.0, height=5.5)
     axis = axes[0]
     sizes = np.asarray(posterior.tasks.sizes, dtype=float)
     x = np.maximum(sizes, 0.5) * np.exp(_spread(sizes))
@@ -64,7 +64,7 @@ def shrinkage(
     axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
     axis.set(xlabel=labels[0], ylabel=labels[1])
-    _legend(axis)
+    legend(axis)
     return figure
 
 
@@ -93,7 +93,7 @@ def arrival(
     counts = [str(int(size)) for size in posterior.tasks.sizes]
     bands = posterior.quantile(site, (*OUTER, *INNER, 0.5)).reshape(5, len(counts), -1)
     names = _names(site, bands.shape[2], labels)
-    figure, axes = _panels(bands.shape[2], width=5.0, height=4.5)
+    figure, axes = panels(bands.shape[2], width=5.0, height=4.5)
     position = np.arange(len(counts))
     for component, axis in enumerate(axes):
         low, high, lower, upper, middle = bands[..., component]
@@ -130,7 +130,7 @@ def learned_prior(
     means = None if posterior is None else _flat(posterior.mean(site))
     names = _names(site, draws.shape[1], labels)
     joint = draws.shape[1] == 2
-    figure, axes = _panels(draws.shape[1] + joint, width=4.6, height=4.3)
+    figure, axes = panels(draws.shape[1] + joint, width=4.6, height=4.3)
     for component, axis in enumerate(axes[: draws.shape[1]]):
         low, high = np.quantile(draws[:, component], [0.002, 0.998])
         bins = np.linspace(low, high, 40)
@@ -141,7 +141,7 @@ def learned_prior(
     if joint:
         _joint(axes[2], draws, means, names)
     axes[0].margins(y=0.25)
-    _legend(axes[0])
+    legend(axes[0])
     return figure
 
 
@@ -156,7 +156,7 @@ def calibration(comparison: Comparison, *, rows: str = "rows given") -> Figure:
         Left: the share of held-out rows within central intervals of each probability, over all context sizes. Right:
         that of 90 % intervals by context size, with standard errors over tasks.
     """
-    figure, (left, right) = _panels(2, width=5.6, height=4.8)
+    figure, (left, right) = panels(2, width=5.6, height=4.8)
     left.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="calibrated")
     present = [scheme for scheme in SCHEMES if any(scheme == s for s, _ in comparison.held_out)]
     for offset, scheme in enumerate(present):
@@ -171,7 +171,7 @@ def calibration(comparison: Comparison, *, rows: str = "rows given") -> Figure:
     right.set_xticks(np.arange(len(comparison.contexts)), [str(c) for c in comparison.contexts])
     left.set(xlabel="probability of the interval", ylabel="share of held-out rows inside", aspect="equal")
     right.set(xlabel=rows, ylabel="coverage of 90 % intervals (± 1 s.e.)")
-    _legend(left)
+    legend(left)
     return figure
 
 
@@ -202,7 +202,7 @@ def forest(
         One panel, a line a study: own estimates and posterior medians, both with 90 % intervals.
     """
     count = len(posterior.names)
-    figure, axes = _panels(1, width=8.0, height=1.8 + 0.45 * (count + 1))
+    figure, axes = panels(1, width=8.0, height=1.8 + 0.45 * (count + 1))
     axis = axes[0]
     line = np.arange(count, 0, -1.0)
     half = 1.6449 * np.asarray(error)
@@ -226,23 +226,39 @@ def forest(
     return figure
 
 
-def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Any]]:
-    """A figure with panels in a row, in letters that stay readable at half size."""
+def panels(count: int, *, width: float, height: float, per_row: int | None = None) -> tuple[Figure, list[Any]]:
+    """A figure with panels in rows of `per_row` (all in one), in letters that stay readable at half size.
+
+    Args:
+        count: Number of panels.
+        width: Of one panel, in inches.
+        height: Of one panel, in inches.
+        per_row: Panels a row at most.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plots need matplotlib: pip install 'bayesmeta[plots]'") from error
-    figure = Figure(figsize=(width * count, height), layout="constrained", dpi=110)
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis in axes:
+    columns = min(count, per_row or count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=110)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count]:
         axis.xaxis.label.set_size(FONT)
         axis.yaxis.label.set_size(FONT)
+        axis.title.set_size(FONT)
         axis.tick_params(labelsize=FONT - 1)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
+    return figure, axes[:count]
 
 
-def _legend(axis: Any) -> None:
+def legend(axis: Any) -> None:
+    """The legend of a panel where it hides least."""
     axis.legend(fontsize=FONT - 2, framealpha=0.85, loc="best")
 
 

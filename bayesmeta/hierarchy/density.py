@@ -49,6 +49,7 @@ class TaskDensity:
         outcomes, means: Draws and means of the observed sites at the rows of `data`.
         normals: `{site: (loc (T, 1, N), Cholesky factor (T, 1, N, N), data (T, 1, N))}` of multivariate normal sites.
         prior_noise: `(theta, zeros (T, d), data, values) -> (T, d)` draws of the prior, in whitened coordinates.
+        prior_theta: `(zeros (d_theta,), zeros (T, d), data, values) -> (d_theta,)` a draw of θ's prior.
 
     Raises:
         ValueError: The model cannot be used (discrete or row-wise latent sites, no task plate, …), with the cure.
@@ -71,9 +72,17 @@ class TaskDensity:
         self.outcomes = self._recorded(lambda trace, latents: dict(trace.outcomes), outcome="sample", random=True)
         self.means = self._recorded(lambda trace, latents: dict(trace.outcomes), outcome="mean")
         self.normals = self._recorded(lambda trace, latents: dict(trace.normals), outcome="normal")
-        self.prior_noise = self._recorded(self._drawn, random=True, sampled=True)
+        self.prior_noise = self._recorded(self._drawn, random=True, sampled="task")
+        self.prior_theta = self._recorded(self._drawn_theta, random=True, sampled="all")
         self._shared_prior = self._recorded(lambda trace, latents: trace.shared_prior, vary=1)
         self._shared_values = self._recorded(lambda trace, latents: dict(trace.values), vary=1)
+        self._untrained = dict(self.learned.values)
+
+    def again(self) -> TaskDensity:
+        """The same density with its learned values as they were at first; what was recorded and compiled is shared."""
+        copied = copy.copy(self)
+        copied.learned = replace(self.learned, values=dict(self._untrained))
+        return copied
 
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         """The tensors of a batch as the model's functions take them: floating ones in `dtype`."""
@@ -93,6 +102,18 @@ class TaskDensity:
         if theta.dim() == 1:
             return function(*args)
         return function.mapped(*args, in_dims=(0, None, None, None))
+
+    def draw_theta(self, count: int) -> Tensor:
+        """Draws of θ's prior `(count, d_theta)`.
+
+        Raises:
+            ValueError: A shared site has an improper prior.
+        """
+        if not self.structure.shared:
+            return torch.zeros(count, 0, dtype=self.dtype)
+        theta = torch.zeros(count, self.structure.shared_size, dtype=self.dtype)
+        with torch.no_grad():
+            return self._of_theta(self.prior_theta, theta, None)
 
     def simulate(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Draws θ, φ and every outcome of a batch from the model: `(values of all sites, outcomes)`."""
@@ -160,14 +181,16 @@ class TaskDensity:
         pick: Pick,
         *,
         whitened: bool = True,
-        sampled: bool = False,
+        sampled: str = "",
         outcome: str = "score",
         random: bool = False,
         vary: int = 2,
     ) -> Recorded:
         def function(theta: Tensor, noise: Tensor, data: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
             names = tuple(f"task {i}" for i in range(noise.shape[0]))
-            latents = Sampled(self.structure, theta) if sampled else Flat(self.structure, theta, noise, whitened)
+            latents: Flat = Flat(self.structure, theta, noise, whitened)
+            if sampled:
+                latents = Sampled(self.structure, theta if sampled == "task" else None)
             learned = replace(self.learned, values=values)
             batch = Batch(data, names, self.schema)
             trace, _ = trace_model(self.model, batch, latents, learned, dtype=self.dtype, outcome=outcome)
@@ -185,6 +208,10 @@ class TaskDensity:
     def _drawn(self, trace: Trace, latents: Sampled) -> Tensor:
         parts = [latents.drawn[site.name] for site in self.structure.task]
         return torch.cat(parts, -1) if parts else torch.zeros(trace.tasks, 0)
+
+    def _drawn_theta(self, trace: Trace, latents: Sampled) -> Tensor:
+        parts = [latents.drawn[site.name].reshape(-1) for site in self.structure.shared]
+        return torch.cat(parts) if parts else torch.zeros(0)
 
     def _trial(self, tasks: Tasks, centre: float) -> Callable[[list[int], int], Trace]:
         def run(index: list[int], rows: int) -> Trace:
@@ -229,6 +256,38 @@ class TaskDensity:
                 "net.requires_grad_(False)"
             )
         return captured.frozen
+
+
+class Read:
+    """A model that has been read: whoever fits it to many collections of tasks of one schema reads it once.
+
+    Args:
+        density: The model's density.
+    """
+
+    def __init__(self, density: TaskDensity) -> None:
+        self.density = density
+
+    def __call__(self, batch: Batch) -> Any:
+        """Runs the model."""
+        return self.density.model(batch)
+
+
+def read(model: Model, tasks: Tasks, *, dtype: torch.dtype) -> TaskDensity:
+    """The density of a model, read with these tasks unless it has been read already.
+
+    Raises:
+        ValueError: The model cannot be used, or has been read with tasks of other columns or another dtype.
+    """
+    if not isinstance(model, Read):
+        return TaskDensity(model, tasks, dtype=dtype)
+    density = model.density
+    if (density.schema.dtypes, density.dtype) != (tasks.schema.dtypes, dtype):
+        raise ValueError(
+            f"a model that was read with columns {density.schema.dtypes} in {density.dtype} cannot be used with "
+            f"{tasks.schema.dtypes} in {dtype}; read it anew"
+        )
+    return density.again()
 
 
 def _site(name: str, in_tasks: bool, fn: dist.TorchDistribution) -> Site:

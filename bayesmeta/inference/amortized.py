@@ -99,10 +99,19 @@ class Checkpoint(Protocol):
 
 
 def fit_amortized(
-    density: TaskDensity, tasks: Tasks, options: Amortized, *, progress: bool, checkpoint: Checkpoint | None = None
+    density: TaskDensity,
+    tasks: Tasks,
+    options: Amortized,
+    *,
+    progress: bool,
+    checkpoint: Checkpoint | None = None,
+    shared: SharedPosterior | None = None,
 ) -> tuple[Guides, SharedDraws, History]:
-    """Learns q(θ) and q(φ | D, θ) from all tasks; with a checkpoint, from its last stored state on."""
-    guides = build_guides(density, tasks, options)
+    """Learns q(θ) and q(φ | D, θ) from all tasks; with a checkpoint, from its last stored state on.
+
+    `shared` stands in for the q(θ) that the options name: an instance of `PriorShared` leaves θ at its prior.
+    """
+    guides = build_guides(density, tasks, options, shared)
     behind = History() if checkpoint is None else checkpoint.restore(guides)
     batches = _contexts(density, tasks, guides, options.optimizer.batch_tasks)
     objective = _objective(options)
@@ -145,9 +154,11 @@ def _objective(options: Amortized) -> Objective:
     return OBJECTIVES[options.objective] if isinstance(options.objective, str) else options.objective
 
 
-def build_guides(density: TaskDensity, tasks: Tasks, options: Amortized) -> Guides:
+def build_guides(
+    density: TaskDensity, tasks: Tasks, options: Amortized, shared: SharedPosterior | None = None
+) -> Guides:
     """Everything that training changes, as it is before the first step."""
-    shared = SHARED[options.shared](*density.prior_scale())
+    shared = SHARED[options.shared](*density.prior_scale()) if shared is None else shared
     task = options.guide if options.guide is not None else _guide(options)
     task.attach(density, tasks)
     values = {name: value.clone().requires_grad_() for name, value in density.learned.values.items()}

@@ -16,7 +16,7 @@ from bayesmeta.inference import psis
 from bayesmeta.inference.candidates import log_evidence
 from bayesmeta.inference.gaussian import HEAVY_DF, heavy_scale, normal_log_prob, student_t_log_prob
 from bayesmeta.inference.objectives import Guides
-from bayesmeta.inference.shared import WIDE, PointShared
+from bayesmeta.inference.shared import WIDE, PointShared, PriorShared
 
 PER_THETA = 8
 """Candidates a task in an estimate of its evidence, at the start."""
@@ -66,8 +66,9 @@ def correct_shared(
     The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first.
     Where the evidence of all tasks together is too noisy for that, q's own draws are returned as "uncorrected".
     """
-    if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared):
-        status = "plug-in" if density.structure.shared_size else "sampled"
+    if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared | PriorShared):
+        plug_in = density.structure.shared_size and isinstance(guides.shared, PointShared)
+        status = "plug-in" if plug_in else "sampled"
         return _equal(guides.shared.sample(draws), status, 0.0, 1.0)
     budget = int(budget / guides.task.cost)
     most = budget // (MIN_DRAWS * len(tasks))
@@ -80,12 +81,12 @@ def correct_shared(
     log_weight = score(first) - guides.shared.log_prob(first, wide=True)
     if not _usable(log_weight, first.shape[1]):
         return _weighed(first, log_weight)
-    proposal = _Adapted(first, log_weight)
+    proposal = Adapted(first, log_weight)
     theta = proposal.sample(max(MIN_DRAWS, min(draws, affordable)))
     return _weighed(theta, score(theta) - proposal.log_prob(theta))
 
 
-class _Adapted:
+class Adapted:
     """A t(5) with the mean and covariance of weighted draws, in float64 whatever the draws are."""
 
     def __init__(self, theta: Tensor, log_weight: Tensor) -> None:
@@ -97,10 +98,12 @@ class _Adapted:
         self._factor = ADAPTED_WIDTH * torch.linalg.cholesky(covariance)
 
     def sample(self, count: int) -> Tensor:
+        """Draws `(count, d)`."""
         noise = torch.randn(count, len(self._mean), dtype=self._mean.dtype)
         return (self._mean + noise * heavy_scale((count, 1), noise) @ self._factor.mT).to(self._dtype)
 
     def log_prob(self, theta: Tensor) -> Tensor:
+        """Log density `(S,)`."""
         white = torch.linalg.solve_triangular(self._factor, (theta.double() - self._mean).mT, upper=False).mT
         log_det = -self._factor.diagonal().log().sum()
         return student_t_log_prob(white.square().sum(-1), log_det, theta.shape[1])

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.gaussian import heavy_scale, normal_log_prob, student_t_log_prob
 from bayesmeta.inference.protocols import SharedPosterior
 
@@ -122,3 +123,38 @@ class PointShared(SharedPosterior):
     def centre(self) -> tuple[Tensor, Tensor]:
         """The point and the prior's scale `(d,)`."""
         return self.sample(1)[0].detach(), self.unit
+
+
+class PriorShared(SharedPosterior):
+    """θ's own prior in place of a posterior, by simulation: what is known of θ before any data. Nothing is learned.
+
+    Args:
+        density: The model; its shared sites have proper priors.
+
+    Raises:
+        ValueError: A shared site has an improper prior.
+    """
+
+    def __init__(self, density: TaskDensity, *, pool: int = 4096) -> None:
+        super().__init__()
+        self._density = density
+        drawn = density.draw_theta(pool)
+        self._loc, self._scale = drawn.median(0).values, _spread(drawn)
+
+    def sample(self, count: int, *, wide: bool = False) -> Tensor:
+        """Draws of the prior `(count, d)`."""
+        return self._density.draw_theta(count)
+
+    def log_prob(self, theta: Tensor, *, wide: bool = False) -> Tensor:
+        """Log prior `(S,)` with its Jacobian."""
+        return self._density.log_prior(theta)
+
+    def centre(self) -> tuple[Tensor, Tensor]:
+        """Median and a robust scale of simulated draws `(d,)`."""
+        return self._loc, self._scale
+
+
+def _spread(drawn: Tensor) -> Tensor:
+    """Half the distance between the quantiles of a normal's ± sd; heavy tails do not move it."""
+    low, high = drawn.quantile(torch.tensor([0.16, 0.84], dtype=drawn.dtype), 0)
+    return (high - low) / 2

@@ -174,3 +174,23 @@ def _remark(name: str, value: Attribute) -> str | int | float:
     if not isinstance(value, str | int | float | np.integer | np.floating):
         raise ValueError(f"attrs[{name!r}]: expected a string or a number, got {type(value).__name__}; use str()")
     return int(value) if isinstance(value, bool) else value
+
+
+def loo(log_likelihood: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ArviZ's leave-one-out log predictive density of every row.
+
+    Args:
+        log_likelihood: Equally weighted independent draws, `(draw, row)`.
+
+    Returns:
+        Log predictive densities and k̂, `(row,)` each.
+    """
+    arviz = _arviz()
+    data = to_arviz({"log_likelihood": {"y": log_likelihood[None]}}, dims={"y": ["row"]})
+    with warnings.catch_warnings():
+        # k̂ is returned and judged by the caller.
+        warnings.simplefilter("ignore")
+        found = arviz.loo(data, pointwise=True, var_name="y", reff=1.0)
+    later = int(arviz.__version__.partition(".")[0]) >= 1
+    pointwise = found.elpd_i if later else found.loo_i
+    return np.asarray(pointwise), np.asarray(found.pareto_k)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,13 +43,17 @@ def simulate(model: Model, *, like: Tasks, n: int | None = None, seed: int = 0) 
         density = TaskDensity(model, copies)
         batch = copies.batch(np.arange(count))
         values, outcomes = density.simulate(batch)
-    drawn = _labels(density, batch, outcomes)
-    simulated = copies.with_labels(drawn.reshape(batch.y.shape)[batch.mask].to(copies.y.dtype))
+    drawn = simulated_labels(density, batch, outcomes)
+    simulated = copies.with_labels(drawn[batch.mask].to(copies.y.dtype))
     return simulated, {name: value.numpy() for name, value in values.items()}
 
 
-def _labels(density: TaskDensity, batch: Batch, outcomes: dict[str, Tensor]) -> Tensor:
-    """Outcomes in the shape of the batch's labels; several sites are several outputs."""
+def simulated_labels(density: TaskDensity, batch: Batch, outcomes: Mapping[str, Tensor]) -> Tensor:
+    """Outcomes in the shape of the batch's labels; several sites are several outputs.
+
+    Raises:
+        ValueError: The model has no observed site, or its sites have another shape than the labels.
+    """
     sites = density.structure.outcomes
     if not sites:
         raise ValueError("the model has no observed site to simulate, only factors (pyro.factor)")
@@ -58,4 +64,4 @@ def _labels(density: TaskDensity, batch: Batch, outcomes: dict[str, Tensor]) -> 
             f"the observed sites {list(sites)} give labels of shape {tuple(drawn.shape)} (tasks, rows, …), the "
             f"tasks have {tuple(batch.y.shape)}; simulate from a model with one observed site an output"
         )
-    return drawn
+    return drawn.reshape(batch.y.shape)

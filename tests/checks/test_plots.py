@@ -104,3 +104,10 @@ def test_without_matplotlib_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'bayesmeta\[plots\]'"):
         plots.learned_prior(known())
+
+
+def test_panels_stand_in_rows() -> None:
+    figure, axes = plots.panels(5, width=2.0, height=1.5, per_row=3)
+    assert (len(axes), len(figure.axes)) == (5, 5)
+    assert figure.get_size_inches().tolist() == [6.0, 3.0]
+    assert plots.panels(2, width=2.0, height=1.5)[0].get_size_inches().tolist() == [4.0, 1.5]

@@ -16,7 +16,7 @@ from torch.distributions import MixtureSameFamily, biject_to
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
-from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.density import Read, TaskDensity, read
 
 SCENARIOS = {scenario.name: scenario for scenario in scenarios()}
 ALL = pytest.mark.parametrize("name", SCENARIOS)
@@ -351,3 +351,30 @@ def test_radon_by_hand() -> None:
         got = density.log_task(theta, noise[[i]], density.tensors(tasks.batch([i])), {})
         torch.testing.assert_close(got, by_hand.reshape(1))
     assert radon.__name__ == "radon"
+
+
+def test_draws_of_theta_are_those_of_its_prior() -> None:
+    density, count = density_of("supports"), 4000
+    drawn = density.shared_values(density.draw_theta(count))
+    moments = {"rate": (2 / 1.5, 2 / 1.5**2), "bound": (0.5, 9 / 12), "share": (2 / 5, 0.04)}
+    for name, (mean, variance) in moments.items():
+        assert abs(drawn[name].mean() - mean) < 4 * (variance / count) ** 0.5
+        assert len(drawn[name].unique()) == count
+    torch.testing.assert_close(drawn["mix"].mean(0), torch.tensor([1.0, 2.0, 3.0]) / 6, atol=0.02, rtol=0)
+    assert abs(drawn["chol"][:, 1, 0].mean()) < 0.04
+    assert abs(torch.corrcoef(torch.stack([drawn["rate"], drawn["bound"]]))[0, 1]) < 0.08
+
+
+def test_a_model_that_has_been_read_is_read_once_and_untrained_again() -> None:
+    scenario = SCENARIOS["network"]
+    first = TaskDensity(scenario.model, scenario.tasks)
+    again = read(Read(first), scenario.tasks, dtype=torch.float64)
+    assert again.log_task is first.log_task
+    before = {name: value.clone() for name, value in first.learned.values.items()}
+    again.learned.values.update({name: value + 1 for name, value in again.learned.values.items()})
+    torch.testing.assert_close(dict(first.learned.values), before)
+    torch.testing.assert_close(dict(read(Read(again), scenario.tasks, dtype=torch.float64).learned.values), before)
+    assert read(scenario.model, scenario.tasks, dtype=torch.float32).dtype is torch.float32
+    with pytest.raises(ValueError, match="read it anew"):
+        read(Read(first), scenario.tasks, dtype=torch.float32)
+    assert Read(density_of("supports")).density.model is SCENARIOS["supports"].model

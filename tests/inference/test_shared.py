@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conjugate import ROWS, ExactGuide, density, make_tasks
+from conjugate import WIDE as WIDE_MU
 from scipy.stats import multivariate_t
 from torch import Tensor
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal
 
+from bayesmeta.inference.correction import correct_shared
 from bayesmeta.inference.gaussian import HEAVY_DF
-from bayesmeta.inference.shared import WIDE, LowRankShared, NormalShared, PointShared
+from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.shared import WIDE, LowRankShared, NormalShared, PointShared, PriorShared
 
 LOC = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 SCALE = torch.tensor([1.0, 5.0, 0.2, 3.0], dtype=torch.float64)
@@ -104,3 +108,18 @@ def test_a_point_has_one_value_and_no_density() -> None:
     assert torch.equal(loc, LOC + SCALE) and torch.equal(scale, SCALE)
     point.recentre()
     assert torch.equal(point.sample(1)[0], LOC + SCALE)
+
+
+def test_the_prior_in_place_of_a_posterior() -> None:
+    shared = PriorShared(density())
+    theta = shared.sample(4000)
+    assert list(shared.parameters()) == []
+    assert abs(float(theta.mean())) < 4 * WIDE_MU / 4000**0.5
+    assert abs(float(theta.std()) / WIDE_MU - 1) < 4 / 8000**0.5
+    loc, scale = shared.centre()
+    assert abs(float(loc[0])) < 0.3
+    assert abs(float(scale[0]) / WIDE_MU - 1) < 0.1
+    torch.testing.assert_close(shared.log_prob(theta[:5]), Normal(0.0, WIDE_MU).log_prob(theta[:5, 0]))
+    with torch.no_grad():
+        drawn = correct_shared(density(), Guides(shared, ExactGuide()), make_tasks(ROWS), draws=100)
+    assert (drawn.status, drawn.theta.shape) == ("sampled", (100, 1))

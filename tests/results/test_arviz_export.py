@@ -190,3 +190,12 @@ ONE = np.zeros((1, 2))
 def test_each_mistake_is_one_clear_error(groups: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_arviz(groups, **options)
+
+
+def test_loo_of_rows_agrees_with_importance_weights() -> None:
+    rng = np.random.default_rng(0)
+    likelihood = -0.5 * (rng.normal(0, 0.2, (4000, 1)) - rng.normal(size=5)) ** 2
+    elpd, khat = export.loo(likelihood)
+    np.testing.assert_allclose(elpd, -np.log(np.exp(-likelihood).mean(0)), atol=5e-3)
+    assert khat.shape == (5,)
+    assert (khat < 0.7).all()
