@@ -16,8 +16,8 @@ from bayesmeta.fitting import Fit
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import psis
 from bayesmeta.inference.candidates import log_evidence
-from bayesmeta.inference.ladder import resample_theta
 from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.weighing import resample_theta
 
 PER_THETA = 16
 """Candidates a task and θ in an estimate of the evidence of a training task."""
