@@ -10,6 +10,8 @@ from bayesmeta.hierarchy import likelihoods, priors
 from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel, with_conditional
 from bayesmeta.inference import guides
 from bayesmeta.inference.amortized import Amortized
+from bayesmeta.inference.marginal import Marginal
+from bayesmeta.inference.nuts import NUTS
 from bayesmeta.inference.protocols import TaskGuide
 from bayesmeta.inference.training import Optimizer
 from bayesmeta.results.conditional import ConditionalFit, ConditionalPrediction
@@ -27,6 +29,8 @@ __all__ = [
     "ConditionalPrediction",
     "Fit",
     "HierarchicalModel",
+    "Marginal",
+    "NUTS",
     "Optimizer",
     "Posterior",
     "Prediction",

@@ -6,6 +6,7 @@ It wires the rooms together and holds no mathematics.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,11 +21,14 @@ from bayesmeta.hierarchy.density import TaskDensity, read
 from bayesmeta.hierarchy.model import ConditionalModel
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
-from bayesmeta.inference.amortized import Amortized, fit_amortized
+from bayesmeta.inference.amortized import Amortized
 from bayesmeta.inference.conditional import fit_conditional
 from bayesmeta.inference.ladder import REFINEMENTS, climb
+from bayesmeta.inference.marginal import Marginal
+from bayesmeta.inference.methods import Method
+from bayesmeta.inference.nuts import NUTS
 from bayesmeta.inference.training import Optimizer
-from bayesmeta.inference.weighing import Parts, draw_empty, resample_theta
+from bayesmeta.inference.weighing import Parts, draw_empty, equal_draws, resample, resample_theta
 from bayesmeta.results.arguments import check_arguments, check_choice, check_model, check_tasks, check_whole, numbers
 from bayesmeta.results.conditional import ConditionalFit, load_conditional
 from bayesmeta.results.fit_storage import FileCheckpoint, FitState, load_fit, save_fit
@@ -32,7 +36,7 @@ from bayesmeta.results.posterior import Posterior, Shared
 from bayesmeta.results.prediction import Prediction
 from bayesmeta.results.training_tasks import TrainingTasks
 
-METHODS = {"amortized": Amortized}
+METHODS: dict[str, type[Any]] = {"amortized": Amortized, "marginal": Marginal, "nuts": NUTS}
 
 
 @overload
@@ -40,7 +44,7 @@ def fit(
     model: ConditionalModel,
     tasks: Tasks,
     *,
-    method: str | Amortized = ...,
+    method: str | Method = ...,
     seed: int = ...,
     device: str = ...,
     dtype: torch.dtype = ...,
@@ -52,7 +56,7 @@ def fit(
     model: Model,
     tasks: Tasks,
     *,
-    method: str | Amortized = ...,
+    method: str | Method = ...,
     seed: int = ...,
     device: str = ...,
     dtype: torch.dtype = ...,
@@ -63,7 +67,7 @@ def fit(
     model: Any,
     tasks: Tasks,
     *,
-    method: str | Amortized = "amortized",
+    method: str | Method = "amortized",
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float64,
@@ -75,7 +79,8 @@ def fit(
     Args:
         model: Ordinary Pyro function of a `Batch`, a `HierarchicalModel`, or a `ConditionalModel` (no task parameters).
         tasks: At least two tasks.
-        method: "amortized", or `bm.Amortized(...)` with options; a `ConditionalModel` takes its optimizer alone.
+        method: "amortized", "marginal" or "nuts", or options: `bm.Amortized(…)`, `bm.Marginal(…)`, `bm.NUTS(…)`;
+            a `ConditionalModel` takes `bm.Amortized(optimizer=…)` alone.
         seed: Same seed, same machine: the same fit, bit by bit.
         device: "cpu".
         dtype: Floating dtype of the model's densities, torch.float64 or torch.float32.
@@ -104,17 +109,15 @@ def fit(
         density = read(model, tasks, dtype=dtype)
         _check_support(density, tasks)
         file = None if checkpoint is None else FileCheckpoint(checkpoint, density, training, options, seed)
-        # Training changes guides and embeddings in place: the user's own stay as they are.
-        own = copy.deepcopy(options)
-        guides, shared, history = fit_amortized(density, tasks, own, progress=progress, checkpoint=file)
-    return Fit(FitState(density, guides, shared, training, history, options, seed))
+        found = options.learn(density, tasks, progress=progress, checkpoint=file)
+    return Fit(FitState(density, found.guides, found.shared, training, found.history, options, seed))
 
 
 @overload
 def load(path: str | os.PathLike[str], model: ConditionalModel) -> ConditionalFit: ...
 @overload
-def load(path: str | os.PathLike[str], model: Model, *, method: Amortized | None = None) -> Fit: ...
-def load(path: str | os.PathLike[str], model: Any, *, method: Amortized | None = None) -> Fit | ConditionalFit:
+def load(path: str | os.PathLike[str], model: Model, *, method: Method | None = None) -> Fit: ...
+def load(path: str | os.PathLike[str], model: Any, *, method: Method | None = None) -> Fit | ConditionalFit:
     """Reads a fit that `Fit.save` wrote; it gives the same draws and predictions, bit by bit on the same machine.
 
     Args:
@@ -212,7 +215,8 @@ class Fit:
                 parts = self._climbed(tasks, np.arange(len(tasks)), theta, refine, known=False)
             else:
                 parts = self._parts(tasks, draws, refine, updated)
-        return Posterior(self._density, tasks, parts, seed)
+        chains = self._shared.chains if draws == len(self._shared.theta) and shared is None else 0
+        return Posterior(self._density, tasks, parts, seed, chains=chains)
 
     def predict(self, context: Tasks, x: Any = None, columns: Any = None, **options: Any) -> Prediction:
         """Predicts new rows of tasks given their context: `posterior(context).predict(x, columns, **options)`."""
@@ -253,14 +257,21 @@ class Fit:
 
     def _parts(self, tasks: Tasks, draws: int, refine: str, updated: str) -> Parts:
         place = self._training.sort(tasks, updated=updated)
-        theta = resample_theta(self._shared, draws)
-        parts = self._climbed(tasks, place.known, theta, refine, known=True)
+        parts = self._known(tasks, place.known, resample(self._shared, draws), refine)
         parts += self._climbed(tasks, place.new, resample_theta(self._shared, draws), refine, known=False)
         if len(place.changed):
             old = self._training.before(tasks[place.changed])
             theta = resample_theta(self._shared, draws)
             parts += self._climbed(tasks, place.changed, theta, refine, known=False, replaced=old)
         return parts
+
+    def _known(self, tasks: Tasks, index: np.ndarray, chosen: Tensor, refine: str) -> Parts:
+        """Joint draws of training tasks; those that a sampler drew together with θ are there already."""
+        theta, drawn = self._shared.theta[chosen], self._shared.noise
+        if drawn is None or refine not in ("auto", "none") or not len(index):
+            return self._climbed(tasks, index, theta, refine, known=True)
+        noise = drawn[chosen][:, self._training.positions(tasks[index])]
+        return [(index, equal_draws(theta, noise, "nuts", math.nan, "", joint=True))]
 
     def _climbed(
         self, tasks: Tasks, index: np.ndarray, theta: Tensor, refine: str, *, known: bool, replaced: Tasks | None = None
@@ -278,7 +289,7 @@ class Fit:
         return parts
 
 
-def _options(method: str | Amortized) -> Amortized:
+def _options(method: str | Method) -> Any:
     if isinstance(method, str):
         check_choice("method", method, tuple(METHODS))
         return METHODS[method]()
@@ -289,8 +300,9 @@ def _options(method: str | Amortized) -> Amortized:
     return method
 
 
-def _check_conditional(options: Amortized, checkpoint: Any) -> None:
-    if replace(options, optimizer=Optimizer()) != Amortized() or checkpoint is not None:
+def _check_conditional(options: Method, checkpoint: Any) -> None:
+    plain = isinstance(options, Amortized) and replace(options, optimizer=Optimizer()) == Amortized()
+    if not plain or checkpoint is not None:
         raise ValueError(
             "a ConditionalModel has no task parameters to infer: expected method=bm.Amortized(optimizer=…) without "
             "further options and no checkpoint; its objective and context sizes are those of bm.ConditionalModel"

@@ -294,4 +294,5 @@ def _site(name: str, in_tasks: bool, fn: dist.TorchDistribution) -> Site:
     cut = whitening.BATCH_DIMS if in_tasks else 0
     unconstrained = tuple(whitening.bijection(fn).inverse_shape(fn.shape()))
     kind = whitening.kind(fn) if in_tasks else ""
-    return Site(name, tuple(fn.shape())[cut:], unconstrained[cut:], kind, whitening.is_improper(fn))
+    even = whitening.is_even(fn)
+    return Site(name, tuple(fn.shape())[cut:], unconstrained[cut:], kind, whitening.is_improper(fn), even)

@@ -46,6 +46,11 @@ class Structure:
         return sum(site.size for site in self.task)
 
     @property
+    def even(self) -> tuple[bool, ...]:
+        """Which coordinates of θ are logarithms of positive numbers whose prior is even."""
+        return tuple(site.even for site in self.shared for _ in range(site.size))
+
+    @property
     def outcomes(self) -> tuple[str, ...]:
         """Observed sites that can be predicted."""
         return tuple(site.name for site in self.observed if not site.factor and not site.shared)

@@ -38,13 +38,17 @@ _SUBSAMPLED = (
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site. For a task site the shapes leave out the leading (T, 1)."""
+    """A latent site. For a task site the shapes leave out the leading (T, 1).
+
+    `even`: a positive site whose prior density is smooth as an even function on the whole line.
+    """
 
     name: str
     shape: tuple[int, ...]
     unconstrained: tuple[int, ...]
     kind: str
     improper: bool = False
+    even: bool = False
 
     @property
     def size(self) -> int:

@@ -75,6 +75,15 @@ def is_improper(fn: dist.TorchDistribution) -> bool:
     return isinstance(_strip(fn), dist.ImproperUniform)
 
 
+def is_even(fn: dist.TorchDistribution) -> bool:
+    """Whether a prior on the positive half line is half of a smooth, even density (or flat)."""
+    base = _strip(fn)
+    if is_improper(fn):
+        inner = support(fn)
+        return isinstance(getattr(inner, "base_constraint", inner), _POSITIVE)
+    return isinstance(base, (torch.distributions.HalfNormal, torch.distributions.HalfCauchy))
+
+
 def bijection(fn: dist.TorchDistribution) -> torch.distributions.Transform:
     """The map from unconstrained space onto the support of a site's distribution."""
     return biject_to(support(fn))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from bayesmeta.inference.chunks import like_sizes, padded_rows
 from bayesmeta.inference.correction import CHECK_BUDGET, SharedDraws, correct_shared, reachable_ess
 from bayesmeta.inference.flows import FlowGuide
 from bayesmeta.inference.guides import NaturalGuide
+from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.objectives import OBJECTIVES, Guides, Objective, Step
 from bayesmeta.inference.pooled import PooledGuide
 from bayesmeta.inference.predictive import DEFAULT_CONTEXT, Predictive
@@ -86,6 +88,15 @@ class Amortized:
             raise ValueError("Amortized: context= belongs to objective='predictive'; give both or leave it out")
         if self.guide is not None and (self.encoder, self.family, self.embed) != ("natural", "normal", None):
             raise ValueError("Amortized: a guide of your own brings encoder, embed and family along; give only guide=")
+
+    def build(self, density: TaskDensity, tasks: Tasks) -> Guides:
+        """Everything that training changes, as it is before the first step."""
+        return build_guides(density, tasks, self)
+
+    def learn(self, density: TaskDensity, tasks: Tasks, *, progress: bool, checkpoint: Any) -> Inferred:
+        """Learns q(θ) and q(φ | D, θ); options stay as they are, their modules are copied."""
+        own = copy.deepcopy(self)
+        return Inferred(*fit_amortized(density, tasks, own, progress=progress, checkpoint=checkpoint))
 
 
 class Checkpoint(Protocol):

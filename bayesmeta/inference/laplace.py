@@ -243,14 +243,19 @@ class LaplaceGuide(TaskGuide):
 
     method = "laplace"
 
+    anchors: Tensor
+    scale: Tensor
+
     def __init__(self, anchors: Tensor, scale: Tensor, *, starts: int = STARTS) -> None:
         super().__init__()
-        self._anchors, self._scale, self._starts = anchors, scale, starts
+        self.register_buffer("anchors", anchors)
+        self.register_buffer("scale", scale)
+        self._starts = starts
 
     @classmethod
     def around(cls, theta: Tensor, *, starts: int = STARTS) -> LaplaceGuide:
         """Anchors spread over draws of θ `(S, d_theta)`, the first the one nearest to their mean."""
-        spread = torch.linspace(0, len(theta) - 1, min(ANCHORS, len(theta))).long()
+        spread = torch.linspace(0, len(theta) - 1, ANCHORS).long()
         anchors = torch.cat([most_typical(theta).unsqueeze(0), theta[spread]])
         return cls(anchors, _unit(theta), starts=starts)
 
@@ -260,11 +265,11 @@ class LaplaceGuide(TaskGuide):
 
     def prepare(self, batch: Batch, data: dict[str, Tensor]) -> Context:
         """Finds the modes of a batch: their number at the first anchor, then each of them at all anchors."""
-        centre = self._anchors[:1].expand(self._starts + 1, -1)
+        centre = self.anchors[:1].expand(self._starts + 1, -1)
         starts = _starts(centre, len(batch.names), self._density.structure.task_size)
         found, there = distinct_modes(curvature_of(self._density, data, centre), starts)
-        curvature = curvature_of(self._density, data, self._anchors)
-        followed = [find_modes(curvature, loc.expand(len(self._anchors), -1, -1)) for loc in found.loc]
+        curvature = curvature_of(self._density, data, self.anchors)
+        followed = [find_modes(curvature, loc.expand(len(self.anchors), -1, -1)) for loc in found.loc]
         evidence = torch.stack([modes.log_evidence for modes in followed])
         evidence = torch.where(there.unsqueeze(1), evidence, -math.inf)
         summary = {
@@ -277,7 +282,7 @@ class LaplaceGuide(TaskGuide):
 
     def condition(self, theta: Tensor, context: Context) -> TaskPosterior:
         """The Gaussians, or mixtures of them, of the nearest anchor of each θ `(S, d_theta)`."""
-        near = torch.cdist(theta / self._scale, self._anchors / self._scale).argmin(1)
+        near = torch.cdist(theta / self.scale, self.anchors / self.scale).argmin(1)
         loc, factor, log_share = (context.summary[name][:, near] for name in ("loc", "factor", "log_share"))
         parts = [GaussianTasks(*pair) for pair in zip(loc, factor, strict=True)]
         return parts[0] if len(parts) == 1 else MixtureTasks(parts, log_share)

@@ -110,7 +110,7 @@ def tune(target: Target, chains: Chains, *, transitions: int = TUNING) -> None:
 
 
 def settle(target: Target, chains: Chains) -> np.ndarray:
-    """Moves chains until their acceptance is good and their moments stand still; says for which tasks they do `(T,)`."""
+    """Moves chains until their acceptance is good and their moments stand still: for which tasks they do `(T,)`."""
     settled = torch.zeros(chains.noise.shape[1], dtype=torch.bool)
     for _ in range(MAX_ROUNDS):
         before, acceptance = chains.noise, torch.zeros_like(chains.step)

@@ -138,12 +138,17 @@ def draw_empty(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks
     return equal_draws(theta, noise, "prior", 0.0, "", joint)
 
 
-def resample_theta(shared: SharedDraws, draws: int) -> Tensor:
-    """Equally weighted draws of θ `(draws, d_theta)`; those of chains stay in their order, thinned evenly."""
+def resample(shared: SharedDraws, draws: int) -> Tensor:
+    """Which draws of θ are `draws` equally weighted ones; those of chains stay in their order, thinned evenly."""
     if shared.chains and draws <= len(shared.theta) and np.ptp(shared.log_weight) == 0:
-        return shared.theta[torch.as_tensor(np.arange(draws) * len(shared.theta) // draws)]
+        return torch.as_tensor(np.arange(draws) * len(shared.theta) // draws)
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    return shared.theta[torch.as_tensor(psis.resample(shared.log_weight, draws, generator))]
+    return torch.as_tensor(psis.resample(shared.log_weight, draws, generator))
+
+
+def resample_theta(shared: SharedDraws, draws: int) -> Tensor:
+    """Equally weighted draws of θ `(draws, d_theta)`."""
+    return shared.theta[resample(shared, draws)]
 
 
 def draw_unchecked(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:

@@ -19,7 +19,6 @@ from bayesmeta.data.schema import dtype_of
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
-from bayesmeta.inference.amortized import build_guides
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.training import History
@@ -38,6 +37,8 @@ from bayesmeta.results.training_tasks import TrainingTasks
 
 PathLike = str | os.PathLike[str]
 Tensors = dict[str, Tensor]
+SHARED_META = ("khat", "ess", "status", "chains")
+"""What is stored of the draws of θ besides tensors."""
 
 
 @dataclass
@@ -66,8 +67,8 @@ def save_fit(path: PathLike, state: FitState, *, data: bool) -> None:
     """
     stored, training = state.training.state(data=data)
     tensors = _learned_tensors(state.density, state.guides) | {f"training/{k}": t for k, t in stored.items()}
-    tensors |= {"theta": state.shared.theta, "log_weight": torch.as_tensor(state.shared.log_weight)}
-    shared = {"khat": state.shared.khat, "ess": state.shared.ess, "status": state.shared.status}
+    tensors |= _shared_tensors(state.shared)
+    shared = {name: getattr(state.shared, name) for name in SHARED_META}
     meta = identity(state.density, state.guides.values)
     meta |= {
         "kind": "fit",
@@ -98,15 +99,22 @@ def load_fit(path: PathLike, model: Model, *, kinds: Mapping[str, type[Any]], op
     with seeded(0):
         density = TaskDensity(model, training.table, dtype=dtype_of(meta["dtype"]))
         check_model(str(path), meta, density)
-        guides = build_guides(density, training.table, options)
+        guides = options.build(density, training.table)
     _put_back(path, tensors, density, guides)
     guides.values = {name: value.detach() for name, value in guides.values.items()}
     density.learned.values.update(guides.values)
     density.structure = with_tried(density, meta["tried"])
     check_densities(str(path), meta, density, guides.values)
-    theta = meta["theta"]
-    shared = SharedDraws(tensors["theta"], tensors["log_weight"].numpy(), theta["khat"], theta["ess"], theta["status"])
+    stats = {name: value.numpy() for name, value in _under("stats/", tensors).items()}
+    weight = tensors["log_weight"].numpy()
+    shared = SharedDraws(tensors["theta"], weight, **meta["theta"], stats=stats, noise=tensors.get("noise"))
     return FitState(density, guides, shared, training, History(**meta["history"]), options, meta["seed"])
+
+
+def _shared_tensors(shared: SharedDraws) -> Tensors:
+    tensors = {"theta": shared.theta, "log_weight": torch.as_tensor(shared.log_weight)}
+    tensors |= {f"stats/{name}": torch.as_tensor(values) for name, values in shared.stats.items()}
+    return tensors if shared.noise is None else tensors | {"noise": shared.noise}
 
 
 class FileCheckpoint:

@@ -29,6 +29,11 @@ def _known(name: str, names: Sequence[str], what: str) -> None:
         raise ValueError(f"unknown {what} {name!r}; there are {sorted(names)}")
 
 
+def by_chain(values: np.ndarray, chains: int) -> np.ndarray:
+    """Draws `(draw, …)`, chain after chain, as `(chain, draw, …)`."""
+    return values.reshape(chains, -1, *values.shape[1:])
+
+
 class Shared:
     """The posterior of the shared parameters θ.
 
@@ -67,15 +72,18 @@ class Shared:
         """Equally weighted draws `(draw, *event)`."""
         _known(name, self.names, "shared parameter")
         with seeded(self._seed):
-            theta = resample_theta(self._drawn, self._count)
+            theta = resample_theta(self._drawn, len(self._drawn.theta) if self._drawn.chains else self._count)
         return self._density.shared_values(theta)[name].detach().numpy()
 
     def to_arviz(self) -> Any:
         """The draws as an ArviZ object (group posterior)."""
         from bayesmeta.results.arviz_export import to_arviz
 
-        values = {name: self.draws(name)[None] for name in self.names}
-        return to_arviz({"posterior": values}, attrs={"status": self.status})
+        chains = max(1, self._drawn.chains)
+        groups = {"posterior": {name: by_chain(self.draws(name), chains) for name in self.names}}
+        if self._drawn.stats:
+            groups["sample_stats"] = self._drawn.stats
+        return to_arviz(groups, attrs={"status": self.status})
 
     def __repr__(self) -> str:
         note = " (a point estimate: the uncertainty of θ is missing)" if self.status == "plug-in" else ""
@@ -96,12 +104,14 @@ class Posterior:
         method: How each task was inferred `(task,)`.
         flag: What is wrong with a task's posterior, "" if nothing is `(task,)`.
         joint: Draw s of all tasks is one joint draw (known tasks alone).
+        chains: Number of Markov chains that the draws are, one after another; 0 for independent draws.
     """
 
     density: TaskDensity = field(repr=False)
     tasks: Tasks = field(repr=False)
     parts: list[tuple[np.ndarray, TaskDraws]] = field(repr=False)
     seed: int = 0
+    chains: int = 0
 
     def __post_init__(self) -> None:
         self.names = self.tasks.names

@@ -10,6 +10,7 @@ import numpy as np
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.results.arviz_export import DATA
 from bayesmeta.results.arviz_export import to_arviz as export
 from bayesmeta.results.prediction import Draws, log_rows, predict
 
@@ -23,6 +24,7 @@ class Results(Protocol):
     tasks: Tasks
     seed: int
     joint: bool
+    chains: int
     names: tuple[str, ...]
     khat: np.ndarray
     ess: np.ndarray
@@ -88,24 +90,31 @@ def to_arviz(posterior: Results) -> Any:
     task = [posterior.density.schema.task]
     dims: dict[str, list[str]] = {"log_weight": task}
     groups = {"posterior": _draw_group(posterior, dims)}
-    groups["prior"] = {name: values[None] for name, values in posterior.prior().items()}
-    groups["sample_stats"] = {"log_weight": posterior.log_weight()[None]}
+    groups["prior"] = posterior.prior()
+    groups["sample_stats"] = {"log_weight": posterior.log_weight()}
     if max(posterior.tasks.sizes) > 0:
         groups |= _data_groups(posterior, dims) | _row_groups(posterior, dims)
     groups["constant_data"] = _diagnostics(posterior, dims) | groups.get("constant_data", {})
     remark = "draw s of all tasks is one joint draw" if posterior.joint else "tasks were inferred independently"
-    filled = {name: group for name, group in groups.items() if group}
+    filled = {name: _by_chain(name, group, posterior.chains) for name, group in groups.items() if group}
     return export(filled, dims=dims, coords={task[0]: list(posterior.tasks.names)}, attrs={"draws": remark})
+
+
+def _by_chain(group: str, arrays: dict[str, np.ndarray], chains: int) -> dict[str, np.ndarray]:
+    """Draws `(draw, …)` as `(chain, draw, …)`; data as they are."""
+    if group in DATA:
+        return arrays
+    return {name: values.reshape(max(1, chains), -1, *values.shape[1:]) for name, values in arrays.items()}
 
 
 def _draw_group(posterior: Results, dims: dict[str, list[str]]) -> dict[str, np.ndarray]:
     """Draws of task parameters and of θ, the latter a task where the draws are not joint."""
     task = [posterior.density.schema.task]
-    sampled = {name: posterior.draws(name)[None] for name in posterior.sites}
-    dims |= {name: task + _further(name, values.ndim - 3) for name, values in sampled.items()}
-    shared = {name: values[None] for name, values in posterior.shared.items()}
+    sampled = {name: posterior.draws(name) for name in posterior.sites}
+    dims |= {name: task + _further(name, values.ndim - 2) for name, values in sampled.items()}
+    shared = dict(posterior.shared)
     lead = [] if posterior.joint else task
-    dims |= {name: lead + _further(name, values.ndim - 2 - len(lead)) for name, values in shared.items()}
+    dims |= {name: lead + _further(name, values.ndim - 1 - len(lead)) for name, values in shared.items()}
     return sampled | shared
 
 
@@ -131,9 +140,9 @@ def _row_groups(posterior: Results, dims: dict[str, list[str]]) -> dict[str, dic
     likelihood: dict[str, np.ndarray] = {}
     for site in density.structure.outcomes:
         if site not in density.structure.coupled:
-            predictive[site] = predict(density, tasks, paired, site=site, seed=posterior.seed).draws[None]
-            likelihood[site] = log_rows(density, tasks, paired, site=site)[None]
-            dims[site] = _row_dims(posterior, site, predictive[site].ndim - 4)
+            predictive[site] = predict(density, tasks, paired, site=site, seed=posterior.seed).draws
+            likelihood[site] = log_rows(density, tasks, paired, site=site)
+            dims[site] = _row_dims(posterior, site, predictive[site].ndim - 3)
     return {"posterior_predictive": predictive, "log_likelihood": likelihood}
 
 

@@ -106,7 +106,11 @@ class TrainingTasks:
 
     def before(self, changed: Tasks) -> Tasks:
         """The training tasks that `changed` ones replace, in their order."""
-        return self.data[[self._positions[identity] for identity in changed.identities()]]
+        return self.data[self.positions(changed)]
+
+    def positions(self, known: Tasks) -> np.ndarray:
+        """Where known tasks stand among the training tasks."""
+        return np.array([self._positions[identity] for identity in known.identities()], dtype=int)
 
     def digest(self) -> str:
         """One fingerprint of all training tasks, their identities and their order."""

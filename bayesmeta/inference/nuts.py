@@ -1,0 +1,234 @@
+"""The No-U-Turn sampler on the compiled joint density of θ and all tasks: nutpie, an optional extra.
+
+The reference for awkward posteriors. Task parameters are sampled in whitened coordinates, which is the non-centred
+parametrisation. The marginal path uses the same sampler for θ alone.
+
+References:
+    Hoffman, Gelman: The No-U-Turn Sampler, 2014, https://jmlr.org/papers/v15/hoffman14a.html
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from torch import Tensor
+
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.collected import Collected
+from bayesmeta.inference.correction import SharedDraws
+from bayesmeta.inference.laplace import LaplaceGuide
+from bayesmeta.inference.methods import Inferred
+from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.shared import NormalShared
+from bayesmeta.inference.training import History
+
+MAX_RHAT = 1.05
+MIN_ESS = 100.0
+MAX_DIVERGENT = 0.005
+"""Chains beyond these bounds draw a warning."""
+JITTER = 0.1
+"""Standard deviation of the chains' starts around the point they are given, in unconstrained coordinates."""
+STATS = {"diverging": "diverging", "depth": "tree_depth", "n_steps": "n_steps", "step_size": "step_size", "logp": "lp"}
+"""Names of nutpie's diagnostics that are kept, and ArviZ' names for them."""
+
+LogDensity = Callable[[np.ndarray], tuple[float, np.ndarray]]
+"""Position `(d,)` -> log density and its gradient `(d,)`."""
+
+
+@dataclass(frozen=True)
+class NUTS:
+    """Options of `method="nuts"`: the full joint posterior of θ and all training tasks.
+
+    Args:
+        chains: Number of chains.
+        warmup: Transitions that adapt step size and mass matrix, a chain.
+        draws: Draws kept, a chain.
+    """
+
+    chains: int = 4
+    warmup: int = 1000
+    draws: int = 1000
+
+    def __post_init__(self) -> None:
+        check_lengths("NUTS", self.chains, self.warmup, self.draws)
+
+    def build(self, density: TaskDensity, tasks: Tasks) -> Guides:
+        """Guides that infer tasks given draws of θ; a stored state fills them."""
+        return laplace_guides(density, tasks, density.initial_theta().expand(2, -1))
+
+    def learn(self, density: TaskDensity, tasks: Tasks, *, progress: bool, checkpoint: Any) -> Inferred:
+        """Samples θ and the parameters of all tasks.
+
+        Raises:
+            ValueError: nutpie is missing, the model has parameters to be trained, or a checkpoint is asked for.
+        """
+        check_samplable("nuts", density, checkpoint)
+        collected = Collected(density, tasks)
+        size, dim = density.structure.shared_size, density.structure.task_size
+        joint = _joint(collected)
+
+        def log_density(position: np.ndarray) -> tuple[float, np.ndarray]:
+            value, gradient = joint(torch.as_tensor(position))
+            return float(value), gradient.numpy()
+
+        drawn = sample(
+            lambda: log_density,
+            np.zeros(size + len(tasks) * dim),
+            chains=self.chains,
+            warmup=self.warmup,
+            draws=self.draws,
+            progress=progress,
+        )
+        flat = torch.as_tensor(drawn.draws).flatten(0, 1)
+        noise = flat[:, size:].reshape(len(flat), len(tasks), dim)[:, collected.order]
+        shared = from_chains(flat[:, :size].to(density.dtype), drawn, noise=noise.to(density.dtype))
+        return Inferred(laplace_guides(density, tasks, shared.theta), shared, History())
+
+
+def _joint(collected: Collected) -> Callable[..., Any]:
+    """The compiled log joint of a position `(d_theta + T d,)` and its gradient."""
+    size, dim = collected.density.structure.shared_size, collected.density.structure.task_size
+
+    def value_and_gradient(position: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            at = position.detach().requires_grad_()
+            theta, noise = at[:size], at[size:].reshape(-1, dim)
+            parts = collected.by_piece(lambda graph, *args: graph(*args[:2], *args[2]).sum(), theta, noise, leaves)
+            total = collected.log_prior(theta, leaves[len(leaves) - len(collected.values) :]) + torch.stack(parts).sum()
+            (gradient,) = torch.autograd.grad(total, at)
+        return total.detach(), gradient
+
+    example = torch.zeros(size + collected.count * dim, dtype=collected.density.dtype)
+    return collected.compiled(value_and_gradient, example)
+
+
+def check_lengths(name: str, chains: int, warmup: int, draws: int) -> None:
+    """Refuses chains that are no positive whole numbers."""
+    for option, value in (("chains", chains), ("warmup", warmup), ("draws", draws)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: {option} must be a whole number of at least 1, got {value!r}")
+
+
+def check_samplable(method: str, density: TaskDensity, checkpoint: Any) -> None:
+    """Refuses what Markov chains cannot do: train parameters, go on from a checkpoint."""
+    if density.learned.values:
+        raise ValueError(
+            f"method={method!r} samples all parameters, but the model trains {sorted(density.learned.values)} "
+            "(pyro.param or pyro.module) as point estimates; freeze the module (net.requires_grad_(False)), or use "
+            'method="amortized", bm.Marginal(shared="map") or bm.Marginal(shared="normal")'
+        )
+    if checkpoint is not None:
+        raise ValueError(f"method={method!r} keeps no checkpoint; leave checkpoint= out")
+
+
+def laplace_guides(density: TaskDensity, tasks: Tasks, theta: Tensor) -> Guides:
+    """Guides of methods that learn θ without a network: Laplace proposals around draws of θ `(S, d_theta)`."""
+    task = LaplaceGuide.around(theta)
+    task.attach(density, tasks)
+    return Guides(NormalShared(*density.prior_scale()), task, dict(density.learned.values))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a sampler gave: `draws (chain, draw, d)`, diagnostics `{name: (chain, draw)}`, R-hat and ESS `(d,)`."""
+
+    draws: np.ndarray
+    stats: dict[str, np.ndarray]
+    rhat: np.ndarray
+    ess: np.ndarray
+
+
+def from_chains(theta: Tensor, drawn: Drawn, *, noise: Tensor | None = None) -> SharedDraws:
+    """Draws of θ `(S, d_theta)`, chain after chain, with equal weights."""
+    count = len(theta)
+    relative = min(1.0, float(drawn.ess.min()) / count) if drawn.ess.size else 1.0
+    return SharedDraws(
+        theta, np.full(count, -math.log(count)), 0.0, relative, "sampled", len(drawn.draws), drawn.stats, noise
+    )
+
+
+def sample(
+    make_log_density: Callable[[], LogDensity],
+    start: np.ndarray,
+    *,
+    chains: int,
+    warmup: int,
+    draws: int,
+    progress: bool,
+    view: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> Drawn:
+    """Samples a density with nutpie, chains one after another.
+
+    Args:
+        make_log_density: Makes the density that one chain calls.
+        start: Where chains start, up to a jitter `(d,)`.
+        chains: Number of chains.
+        warmup: Transitions of adaptation, a chain.
+        draws: Draws kept, a chain.
+        progress: Whether to show nutpie's bar.
+        view: Positions `(chain, draw, d)` as the draws that are wanted.
+
+    Raises:
+        ValueError: nutpie is not installed, or every start has density zero.
+    """
+    try:
+        import nutpie
+        from nutpie.compiled_pyfunc import from_pyfunc
+    except ImportError as error:
+        raise ValueError("sampling needs nutpie; install it with: pip install 'bayesmeta[nuts]'") from error
+    dim, seed = len(start), int(torch.randint(2**31, ()))
+
+    def initial(chain_seed: int) -> np.ndarray:
+        return start + JITTER * np.random.default_rng(chain_seed).standard_normal(dim)
+
+    model = from_pyfunc(
+        dim,
+        make_log_density,
+        lambda *_: lambda position: {"position": position},
+        ["float64"],
+        [(dim,)],
+        ["position"],
+        make_initial_point_fn=initial,
+    )
+    options = {"cores": 1, "progress_bar": progress, "save_warmup": False, "seed": seed}
+    try:
+        trace = nutpie.sample(model, draws=draws, tune=warmup, chains=chains, **options)
+    except RuntimeError as error:
+        raise ValueError(
+            f"sampling has failed: {error}; check that the density is finite where the prior is"
+        ) from error
+    found = view(np.asarray(trace.posterior["position"]))
+    stats = {
+        name: _signed(np.asarray(trace.sample_stats[key])) for key, name in STATS.items() if key in trace.sample_stats
+    }
+    return _judged(found, stats)
+
+
+def _signed(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.int64) if values.dtype.kind == "u" else values
+
+
+def _judged(draws: np.ndarray, stats: dict[str, np.ndarray]) -> Drawn:
+    """Adds R-hat and effective sample sizes, and warns where they are bad."""
+    values = torch.as_tensor(draws)
+    rhat = np.ones(draws.shape[-1])
+    if draws.shape[1] >= 4:
+        rhat = split_gelman_rubin(values).nan_to_num(nan=1.0).numpy()
+    ess = effective_sample_size(values).nan_to_num(nan=float(draws.shape[0] * draws.shape[1])).numpy()
+    divergent = float(stats["diverging"].mean()) if "diverging" in stats else 0.0
+    if rhat.max() > MAX_RHAT or ess.min() < MIN_ESS or divergent > MAX_DIVERGENT:
+        warnings.warn(
+            f"the chains have not mixed well: largest R-hat {rhat.max():.3f} (limit {MAX_RHAT}), least effective "
+            f"sample size {ess.min():.0f} (limit {MIN_ESS:.0f}), {100 * divergent:.1f} % divergent transitions; take "
+            "more warmup and draws, tighter priors, or method='marginal'",
+            stacklevel=2,
+        )
+    return Drawn(draws, stats, rhat, ess)
