@@ -1,7 +1,8 @@
 """Inference against reference moments of awkward task posteriors: `python -m benchmarks.awkward [--models phase …]`.
 
 For each model: the share of tasks that are not flagged, and how far the worst of these is from the reference, in exact
-sds. An unflagged task is wrong beyond 0.3 sd in a mean or 30 % in an sd. `--new` infers tasks that the fit has not seen.
+sds. An unflagged task is missed if it is beyond 0.3 sd in a mean or 30 % in an sd. `--new` infers tasks that the fit
+has not seen.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def line(name: str, verdict: Verdict, seconds: tuple[float, float]) -> str:
     share = verdict.missed.sum() / max(1, kept.sum())
     return (
         f"{name:17s} {len(kept):5d} {verdict.unflagged:9.0%} {error:10.2f} {furthest:9.2f} {share:7.0%} "
-        f"{(verdict.off & verdict.flagged).sum():4d}/{verdict.flagged.sum():<4d} {seconds[0]:6.1f} {seconds[1]:6.1f}  {methods}"
+        f"{(verdict.off & verdict.flagged).sum():4d}/{verdict.flagged.sum():<4d} "
+        f"{seconds[0]:6.1f} {seconds[1]:6.1f}  {methods}"
     )
 
 

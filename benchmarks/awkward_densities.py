@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import expit, gammaln, log_expit, log_ndtr
 
 import bayesmeta as bm
-from benchmarks.awkward_models import WIDE
+from benchmarks.awkward_known import FEW, WIDE
 from benchmarks.references import Array, Box, Grid, Moments, Rows, Truth, each, weighted
 
 Coordinates = tuple[Array, ...]
@@ -140,7 +140,7 @@ def _one_example(theta: Coordinates, u: Coordinates, rows: Rows) -> Array:
 
 
 def _projections(rows: Rows) -> tuple[Array, Array]:
-    """X `(2, 20)`, and the Cholesky factor of X Xᵀ: f = X φ is this factor times a standard normal u under the prior."""
+    """X `(2, 20)` and the Cholesky factor of X Xᵀ: f = X φ is this factor times a standard normal u a priori."""
     x = rows["x"].reshape(-1, WIDE)
     return x, np.linalg.cholesky(x @ x.T)
 
@@ -171,6 +171,25 @@ def sparse(tasks: bm.Tasks, given: bm.Tasks | None = None, *, draws: int = 200_0
         found.append(weighted(log_weight, np.einsum("kid,i->kd", half, y), v - (gain * half).sum(1)))
     mean, sd, error = (np.stack(values) for values in zip(*found, strict=True))
     return Truth({"phi": mean}, {"phi": sd}, {"phi": error})
+
+
+def _labels(theta: Coordinates, u: Coordinates, rows: Rows) -> Array:
+    parts = [normal(rows["y"], m, 0.5) for m in u]
+    return normal(u[0], 0, 2) + normal(u[1], 0, 2) + np.logaddexp(*parts).sum(0)
+
+
+def mirror(tasks: bm.Tasks, given: bm.Tasks | None = None) -> Truth:
+    """Each row measures one parameter: φ₁ (its square) by a sum over a grid, the others in closed form."""
+    mean, sd = np.zeros((2, len(tasks), FEW))
+    grid = np.linspace(-8, 8, 16001)
+    for index, rows in enumerate(each(tasks)):
+        x, y = rows["x"].reshape(-1, FEW), rows["y"].reshape(-1)
+        precision = 1 + 100 * x.sum(0)
+        mean[index], sd[index] = 100 * (x * y[:, None]).sum(0) / precision, precision**-0.5
+        log_p = normal(grid, 0, 1) + normal(y[x[:, 0] > 0][:, None], grid**2, 0.1).sum(0)
+        moments = weighted(log_p, grid[:, None], np.zeros((1, 1)))
+        mean[index, 0], sd[index, 0] = moments[0][0], moments[1][0]
+    return Truth({"phi": mean}, {"phi": sd})
 
 
 def _laplace_prior(theta: Coordinates, u: Coordinates, rows: Rows) -> Array:
@@ -226,8 +245,8 @@ def _with_log(first: str, second: str) -> Callable[..., Moments]:
     return lambda theta, u, rows: {first: (u[0], 0.0), second: (np.exp(u[1]), 0.0)}
 
 
-def _leveled(log_density: Log, mu: Box, prior: Callable[[Coordinates], Array], *, nodes: int = 401) -> Grid:
-    return Grid(log_density, _level_moments, ((-7, 7),), nodes, theta=mu, log_prior=prior)
+def _leveled(log_density: Log, theta: Box, prior: Callable[[Coordinates], Array], *, nodes: int = 401) -> Grid:
+    return Grid(log_density, _level_moments, ((-7, 7),), nodes, theta=theta, log_prior=prior, theta_nodes=51)
 
 
 PHI = _single("phi")
@@ -251,6 +270,8 @@ REFERENCES: dict[str, Callable[..., Truth]] = {
         theta_nodes=91,
     ),
     "product": Grid(_product, _pair("ab"), (SQUARED, SQUARED)),
+    "mirror": mirror,
+    "labels": Grid(_labels, _pair("m"), ((-16, 16), (-16, 16)), 301),
     "one_example": Grid(_one_example, PHI, ((-24, 24),), 8001),
     "twenty": Grid(_twenty, _twenty_moments, ((-7, 7), (-7, 7)), 401),
     "sparse": sparse,
@@ -271,7 +292,7 @@ REFERENCES: dict[str, Callable[..., Truth]] = {
         log_prior=_population(None, (0, 0.7)),
         theta_nodes=61,
     ),
-    "easy_normal": _leveled(_easy_normal, ((-1, 3), (-1.8, 1.5)), _population((0, 5), (0, 0.5))),
+    "easy_normal": _leveled(_easy_normal, ((-2.5, 4.5), (-2.2, 2)), _population((0, 5), (0, 0.5))),
     "easy_logistic": Grid(_easy_logistic, _pair("phi"), ((-7, 7), (-7, 7)), 201),
-    "easy_poisson": _leveled(_easy_poisson, ((0.8, 2.2), (-1.8, 0.6)), _population((0, 2), (-0.5, 0.5))),
+    "easy_poisson": _leveled(_easy_poisson, ((-0.5, 3.5), (-2.8, 1.4)), _population((0, 2), (-0.5, 0.5))),
 }

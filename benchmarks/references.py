@@ -124,7 +124,7 @@ def each(tasks: bm.Tasks) -> Iterator[Rows]:
 
 
 def weighted(log_weight: Array, mean: Array, variance: Array) -> tuple[Array, Array, Array]:
-    """Mean, sd and relative error of the mean from M independent weighted draws of conditional moments `(M, *event)`."""
+    """Mean, sd and the error of the mean in sds, from M weighted draws of conditional moments `(M, *event)`."""
     weight = np.exp(log_weight - log_weight.max())
     weight = (weight / weight.sum()).reshape(-1, *[1] * (mean.ndim - 1))
     first = (weight * mean).sum(0)
