@@ -245,7 +245,7 @@ def _with_log(first: str, second: str) -> Callable[..., Moments]:
     return lambda theta, u, rows: {first: (u[0], 0.0), second: (np.exp(u[1]), 0.0)}
 
 
-def _leveled(log_density: Log, theta: Box, prior: Callable[[Coordinates], Array], *, nodes: int = 401) -> Grid:
+def _leveled(log_density: Log, theta: Box, prior: Callable[[Coordinates], Array], *, nodes: int = 301) -> Grid:
     return Grid(log_density, _level_moments, ((-7, 7),), nodes, theta=theta, log_prior=prior, theta_nodes=51)
 
 
@@ -255,7 +255,7 @@ REFERENCES: dict[str, Callable[..., Truth]] = {
     "heavy_tails": Grid(_heavy_tails, PHI, ((-12, 12),), 8001, stretched=True),
     "funnel": Grid(_funnel, _funnel_moments, ((-14, 14),), 2001),
     "rare_positives": _leveled(_rare_positives, ((-7, 0), (-2, 2.5)), _population((-3, 1), (0, 0.5))),
-    "zero_counts": _leveled(_zero_counts, ((-5, 2), (-1.5, 2.5)), _population((0, 2), (0, 0.5)), nodes=801),
+    "zero_counts": _leveled(_zero_counts, ((-5, 2), (-1.5, 2.5)), _population((0, 2), (0, 0.5)), nodes=701),
     "edge_probability": Grid(_edge_probability, _single("p", expit), ((-90, 90),), 8001),
     "small_noise": Grid(_small_noise, _small_noise_moments, ((-40, 2.5),), 8001),
     "phase": Grid(_phase, _phase_moments, ((-math.pi, math.pi),), 8001),
@@ -294,5 +294,5 @@ REFERENCES: dict[str, Callable[..., Truth]] = {
     ),
     "easy_normal": _leveled(_easy_normal, ((-2.5, 4.5), (-2.2, 2)), _population((0, 5), (0, 0.5))),
     "easy_logistic": Grid(_easy_logistic, _pair("phi"), ((-7, 7), (-7, 7)), 201),
-    "easy_poisson": _leveled(_easy_poisson, ((-0.5, 3.5), (-2.8, 1.4)), _population((0, 2), (-0.5, 0.5))),
+    "easy_poisson": _leveled(_easy_poisson, ((-0.5, 3.5), (-2.8, 1.4)), _population((0, 2), (-0.5, 0.5)), nodes=401),
 }

@@ -7,6 +7,7 @@ grids, plain sums over more coordinates and draws from the prior.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,8 +94,8 @@ def test_the_engine_has_the_density_that_the_reference_states(name: str) -> None
 @pytest.mark.parametrize("name", GRIDS)
 def test_finer_and_wider_grids_agree(name: str) -> None:
     reference, tasks = REFERENCES[name], CASES[name].tasks(count=8)
-    tasks = tasks if reference.theta else tasks[[1, 5, 7]]
-    shift, spread = differences(reference(tasks), reference.finer(wider=1.1)(tasks))
+    tasks = tasks if reference.theta else tasks[[1, 5]]
+    shift, spread = differences(reference(tasks), reference.finer(factor=1.3, wider=1.1)(tasks))
     assert max(shift, spread) < (5e-3 if name in KINKS else 1e-4)
 
 
@@ -134,7 +135,7 @@ def test_a_mixture_of_priors_gives_a_mixture_of_posteriors() -> None:
     [
         ("funnel", ((-9.0, 9.0), (-25.0, 25.0)), ("v", "w")),
         ("small_noise", ((-6.0, 6.0), (-2.0, 2.0)), ("m", "s")),
-        ("phase", ((-9.0, 9.0), (-25.0, 25.0)), ("a", "shift")),
+        ("phase", ((-9.0, 9.0), (-14.0, 14.0)), ("a", "shift")),
     ],
 )
 def test_closed_forms_agree_with_sums_over_all_coordinates(name: str, box: Any, sites: tuple[str, str]) -> None:
@@ -147,7 +148,7 @@ def test_closed_forms_agree_with_sums_over_all_coordinates(name: str, box: Any, 
     full = CASES[name].tasks(count=40)
     widths = REFERENCES[name](full).sd[sites[1]]
     tasks = full[[i for i in range(40) if full.sizes[i] >= 10 and widths[i] > 0.02][:2]]
-    brute = Grid(lambda theta, u, rows: JOINTS[name](list(u), rows), moments, box, 601)
+    brute = Grid(lambda theta, u, rows: JOINTS[name](list(u), rows), moments, box, 501)
     assert max(differences(REFERENCES[name](tasks), brute(tasks))) < 5e-3
 
 
@@ -169,7 +170,7 @@ def test_twenty_parameters_agree_with_weighted_draws_of_the_prior(name: str) -> 
 
 
 def test_mirror_agrees_with_sums_over_two_of_its_parameters() -> None:
-    tasks = CASES["mirror"].tasks(count=3)
+    tasks = CASES["mirror"].tasks(count=2)
     truth = REFERENCES["mirror"](tasks)
     for index, rows in enumerate(each(tasks)):
         last = truth.mean["phi"][index, 1:, None, None]
@@ -177,7 +178,7 @@ def test_mirror_agrees_with_sums_over_two_of_its_parameters() -> None:
             lambda theta, u, rows, last=last: JOINTS["mirror"]([u[0], u[1], *last[1:]], rows),
             lambda theta, u, rows: {"phi": (np.stack(u, -1), 0.0)},
             ((-6, 6), (-6, 6)),
-            601,
+            301,
         )(tasks[[index]])
         np.testing.assert_allclose(grid.mean["phi"][0], truth.mean["phi"][index, :2], atol=1e-6)
         np.testing.assert_allclose(grid.sd["phi"][0], truth.sd["phi"][index, :2], rtol=1e-5)
@@ -186,7 +187,7 @@ def test_mirror_agrees_with_sums_over_two_of_its_parameters() -> None:
 
 @pytest.mark.parametrize("name", ["zero_counts", "outlier_tasks"])
 def test_a_known_task_is_a_new_one_given_all_others(name: str) -> None:
-    tasks, reference = CASES[name].tasks(count=9), REFERENCES[name]
+    tasks, reference = CASES[name].tasks(count=9), replace(REFERENCES[name], nodes=401, theta_nodes=25)
     together = reference(tasks)
     for index in (0, 5, 8):
         alone = reference(tasks[[index]], given=tasks[[i for i in range(9) if i != index]])
