@@ -1,8 +1,8 @@
 """Inference against reference moments of awkward task posteriors: `python -m benchmarks.awkward [--models phase …]`.
 
 For each model: the share of tasks that are not flagged, and how far the worst of these is from the reference, in exact
-sds. An unflagged task is missed if it is beyond 0.3 sd in a mean or 30 % in an sd. `--new` infers tasks that the fit
-has not seen.
+sds. An unflagged task is missed if it is beyond 0.3 sd in a mean or 30 % in an sd. `--new` also infers tasks that the
+fit has not seen.
 """
 
 from __future__ import annotations
@@ -97,30 +97,46 @@ HEADER = (
 )
 
 
-def details(verdict: Verdict, tasks: bm.Tasks) -> list[str]:
-    """A line for each task that is off and not flagged."""
-    return [
+def details(verdict: Verdict, tasks: bm.Tasks, *, limit: int = 5) -> list[str]:
+    """A line for each of the first tasks that are off and not flagged."""
+    missed = np.flatnonzero(verdict.missed)
+    lines = [
         f"    missed: task {verdict.names[i]}, {tasks.sizes[i]} rows: mean off by {verdict.error[i]:.2f} sd, sd ratio "
         f"{verdict.ratio[i]:.2f}; {verdict.method[i]}, k̂ {verdict.khat[i]:.2f}, relative ESS {verdict.ess[i]:.2f}"
-        for i in np.flatnonzero(verdict.missed)
+        for i in missed[:limit]
     ]
+    return lines + ([f"    missed: {len(missed) - limit} more"] if len(missed) > limit else [])
 
 
-def run(name: str, options: argparse.Namespace) -> tuple[Verdict, bm.Tasks, tuple[float, float]]:
-    """Fits a model of the collection, infers its tasks and judges them; seconds of the fit and of the posterior."""
+@dataclass(frozen=True)
+class Run:
+    """Tasks of a model, the verdict on them, and seconds of the fit and of the posterior."""
+
+    tasks: bm.Tasks
+    verdict: Verdict
+    seconds: tuple[float, float]
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, Run]:
+    """Fits a model of the collection and judges its "known" tasks, and "new" ones if asked."""
     case, start = CASES[name], time.perf_counter()
     known = case.tasks(count=options.tasks, seed=options.seed)
     fit = bm.fit(case.model, known, method=options.method, seed=options.seed, progress=False)
-    middle = time.perf_counter()
-    tasks = case.tasks(count=options.tasks, seed=options.seed + 1000) if options.new else known
-    post = fit.posterior(tasks, draws=options.draws, refine=options.refine, seed=options.seed)
-    seconds = middle - start, time.perf_counter() - middle
-    truth = REFERENCES[name](tasks, known if options.new else None)
-    return judge(post, truth), tasks, seconds
+    fitted = time.perf_counter() - start
+    found = {}
+    for kind in ("known", "new") if options.new else ("known",):
+        tasks = known if kind == "known" else case.tasks(count=options.tasks, seed=options.seed + 1000)
+        start = time.perf_counter()
+        post = fit.posterior(tasks, draws=options.draws, refine=options.refine, seed=options.seed)
+        seconds = fitted, time.perf_counter() - start
+        found[kind] = Run(tasks, judge(post, REFERENCES[name](tasks, None if kind == "known" else known)), seconds)
+    return found
 
 
 def verdict_on(found: dict[str, Verdict]) -> str:
     """The summary over all models that were run."""
+    if not found:
+        return "no model ran"
     awkward = [v for name, v in found.items() if not CASES[name].easy]
     easy = [v.flagged for name, v in found.items() if CASES[name].easy]
     missed = sum(int(v.missed.sum()) for v in found.values())
@@ -142,19 +158,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="amortized")
     parser.add_argument("--refine", default="auto")
-    parser.add_argument("--new", action="store_true")
+    parser.add_argument("--new", action="store_true", help="also judge tasks that the fit has not seen")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = {}
+    found: dict[str, dict[str, Run]] = {}
     print(HEADER)
     for name in options.models:
         try:
-            found[name], tasks, seconds = run(name, options)
+            found[name] = run(name, options)
         except ValueError as error:
             print(f"{name:17s} failed: {error}", flush=True)
             continue
-        print("\n".join([line(name, found[name], seconds), *details(found[name], tasks)]), flush=True)
-    print(verdict_on(found))
+        for kind, done in found[name].items():
+            label = name if kind == "known" else f"{name[:11]}, new"
+            print("\n".join([line(label, done.verdict, done.seconds), *details(done.verdict, done.tasks)]), flush=True)
+    for kind in ("known", "new") if options.new else ("known",):
+        print(f"{kind} tasks:", verdict_on({name: runs[kind].verdict for name, runs in found.items()}))
     print(f"failed: {[name for name in options.models if name not in found]}")
 
 

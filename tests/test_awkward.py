@@ -91,6 +91,34 @@ def test_the_engine_has_the_density_that_the_reference_states(name: str) -> None
         np.testing.assert_allclose(difference, difference[0], atol=1e-8 * max(1.0, np.abs(joint).max()))
 
 
+@pytest.mark.parametrize("name", [name for name in GRIDS if REFERENCES[name].theta])
+def test_the_engine_has_the_prior_of_theta_that_the_reference_states(name: str) -> None:
+    reference, density = REFERENCES[name], TaskDensity(CASES[name].model, CASES[name].tasks(count=2))
+    theta = np.random.default_rng(4).normal(size=(20, len(reference.theta)))
+    ours = density.log_prior(torch.as_tensor(theta)).numpy()
+    difference = ours - reference.log_prior(tuple(theta[:, k, None] for k in range(theta.shape[-1])))[:, 0]
+    np.testing.assert_allclose(difference, difference[0], atol=1e-9)
+
+
+def test_theta_is_integrated_over() -> None:
+    """The Gaussian model: given θ all is closed form, so that only a sum over (mu, log tau) is left."""
+    tasks = CASES["easy_normal"].tasks()
+    truth = REFERENCES["easy_normal"](tasks)
+    n, mean = (np.array([f(rows["y"]) for rows in each(tasks)]) for f in (len, np.mean))
+    mu, log_tau = np.meshgrid(np.linspace(-2, 4, 201), np.linspace(-3, 2, 201), indexing="ij")
+    tau = np.exp(log_tau)[..., None]
+    log_p = stats.norm(0, 5).logpdf(mu) + stats.norm(0, 0.5).logpdf(log_tau)
+    log_p = log_p + stats.norm(mu[..., None], np.sqrt(tau**2 + 1 / n)).logpdf(mean).sum(-1)
+    weight = np.exp(log_p - log_p.max())
+    weight = (weight / weight.sum())[..., None]
+    precision = tau**-2 + n
+    given = (mu[..., None] * tau**-2 + n * mean) / precision
+    first = (weight * given).sum((0, 1))
+    second = (weight * (given**2 + 1 / precision)).sum((0, 1))
+    np.testing.assert_allclose(truth.mean["phi"], first, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(truth.sd["phi"], np.sqrt(second - first**2), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_finer_and_wider_grids_agree(name: str) -> None:
     reference, tasks = REFERENCES[name], CASES[name].tasks(count=8)
@@ -226,6 +254,7 @@ def test_the_judge_finds_wrong_posteriors(name: str) -> None:
     np.testing.assert_allclose(verdict.ratio, factor, rtol=1e-9)
     assert verdict.unflagged == pytest.approx(5 / 6)
     assert len(awkward.details(verdict, tasks)) == 4
+    assert awkward.details(verdict, tasks, limit=1)[1:] == ["    missed: 3 more"]
     assert awkward.verdict_on({name: verdict}).startswith("4 tasks off and not flagged; 0 of 1")
 
 
