@@ -126,8 +126,9 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Run]:
     found = {}
     for kind in ("known", "new") if options.new else ("known",):
         tasks = known if kind == "known" else case.tasks(count=options.tasks, seed=options.seed + 1000)
+        draws = options.draws if kind == "known" else options.new_draws
         start = time.perf_counter()
-        post = fit.posterior(tasks, draws=options.draws, refine=options.refine, seed=options.seed)
+        post = fit.posterior(tasks, draws=draws, refine=options.refine, seed=options.seed)
         seconds = fitted, time.perf_counter() - start
         found[kind] = Run(tasks, judge(post, REFERENCES[name](tasks, None if kind == "known" else known)), seconds)
     return found
@@ -154,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--new-draws", type=int, default=10_000, help="of new tasks, which have one candidate a draw")
     parser.add_argument("--tasks", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="amortized")

@@ -241,6 +241,10 @@ def _single(name: str, value: Callable[[Array], Array] = lambda u: u) -> Callabl
     return lambda theta, u, rows: {name: (value(u[0]), 0.0)}
 
 
+def _both(first: str, second: str) -> Callable[..., Moments]:
+    return lambda theta, u, rows: {first: (u[0], 0.0), second: (u[1], 0.0)}
+
+
 def _with_log(first: str, second: str) -> Callable[..., Moments]:
     return lambda theta, u, rows: {first: (u[0], 0.0), second: (np.exp(u[1]), 0.0)}
 
@@ -280,7 +284,7 @@ REFERENCES: dict[str, Callable[..., Truth]] = {
     "outliers": Grid(_outliers, PHI, ((-24, 24),), 8001),
     "rectified": Grid(_rectified, _pair("phi"), (SQUARED, SQUARED), 601),
     "change_point": Grid(_change_point, _single("c", expit), ((-35, 35),), 40001),
-    "overdispersed": Grid(_overdispersed, _with_log("phi", "r"), ((-11, 12), (-9, 11)), 201),
+    "overdispersed": Grid(_overdispersed, _both("phi", "log_r"), ((-11, 12), (-9, 11)), 201),
     "censored": Grid(_censored, _with_log("phi", "s"), ((-12, 14), (-5, 6)), 301),
     "outlier_tasks": Grid(
         _outlier_tasks,

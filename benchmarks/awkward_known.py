@@ -216,10 +216,10 @@ def change_point_task(random: Random, n: int) -> Rows:
 def overdispersed(batch: bm.Batch) -> None:
     with batch.tasks():
         phi = pyro.sample("phi", dist.Normal(1.0, 1.5))
-        r = pyro.sample("r", dist.LogNormal(0.0, 1.5))
+        log_r = pyro.sample("log_r", dist.Normal(0.0, 1.5))
         with batch.observations():
-            logits = (phi - r.log()).expand(batch.y.shape)
-            pyro.sample("y", dist.NegativeBinomial(r, logits=logits), obs=batch.y)
+            logits = (phi - log_r).expand(batch.y.shape)
+            pyro.sample("y", dist.NegativeBinomial(log_r.exp(), logits=logits), obs=batch.y)
 
 
 def overdispersed_task(random: Random, n: int) -> Rows:

@@ -55,7 +55,7 @@ CASES = {
     "rare_positives": Case(shared.rare_positives, shared.rare_positives_task, "logistic, all-zero tasks, θ unknown"),
     "zero_counts": Case(shared.zero_counts, shared.zero_counts_task, "Poisson, all-zero tasks, θ unknown"),
     "edge_probability": Case(known.edge_probability, known.edge_probability_task, "probabilities at 0 and 1"),
-    "small_noise": Case(known.small_noise, known.small_noise_task, "a noise sd near 0 for each task"),
+    "small_noise": Case(known.small_noise, known.small_noise_task, "a noise sd near 0 for each task", (1, 2, 10, 30)),
     "phase": Case(known.phase, known.phase_task, "sinusoid: (a, shift) and (-a, shift + π)"),
     "square": Case(known.square, known.square_task, "φ and -φ"),
     "square_shared": Case(shared.square_shared, shared.square_shared_task, "φ and -φ, θ unknown"),
