@@ -3,6 +3,7 @@
 from bayesmeta.checks import metrics, plots, sharing
 from bayesmeta.checks.calibration import Calibration, sbc
 from bayesmeta.checks.cross_validation import LeftOut, leave_one_task_out, loo
+from bayesmeta.checks.gap import Gap, amortization_gap
 from bayesmeta.checks.intervals import Coverage, coverage
 from bayesmeta.checks.misfits import Misfit, misfit
 from bayesmeta.checks.refits import sbc_fit
@@ -11,9 +12,11 @@ from bayesmeta.checks.replicated import Replicated, posterior_predictive
 __all__ = [
     "Calibration",
     "Coverage",
+    "Gap",
     "LeftOut",
     "Misfit",
     "Replicated",
+    "amortization_gap",
     "coverage",
     "leave_one_task_out",
     "loo",

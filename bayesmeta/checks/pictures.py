@@ -142,3 +142,27 @@ def replicated(observed: float, drawn: np.ndarray, p: np.ndarray, *, statistic: 
 
 def _p(value: float) -> str:
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.3g}"
+
+
+def gaps(sizes: np.ndarray, nats: np.ndarray, shift: np.ndarray, ratio: np.ndarray) -> Figure:
+    """What a guide loses on each task, against its number of rows.
+
+    Args:
+        sizes: Rows of each task `(task,)`.
+        nats: Divergences `(task,)`.
+        shift: Shifts of means in sds `(task,)`.
+        ratio: Sd ratios `(task,)`.
+    """
+    figure, axes = panels(3, width=4.6, height=3.6, per_row=3)
+    drawn = (
+        (nats, "KL(guide ‖ posterior) / nats", 0.0),
+        (shift, "largest shift of a mean / sd", 0.0),
+        (ratio, "sd of guide / sd of posterior", 1.0),
+    )
+    for axis, (values, label, ideal) in zip(axes, drawn, strict=True):
+        axis.axhline(ideal, color="black", linewidth=0.7, label="perfect guide")
+        axis.scatter(sizes, values, color=BLUE, s=22, alpha=0.7, label="a task")
+        axis.set(xlabel="rows of the task", ylabel=label, xscale="log")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=FONT - 2, frameon=False)
+    return figure

@@ -78,7 +78,7 @@ def prior_draws(density: TaskDensity, guides: Guides, context: Context, theta: T
 
 def candidates(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> Candidates:
     """One weighted draw for every θ `(S, d_theta)` and every task."""
-    noise, log_weight = _sweep(
+    noise, log_weight = sweep(
         density, guides, tasks, theta, lambda context, part: _pair(propose(density, guides, context, part))
     )
     return Candidates(noise, log_weight)
@@ -86,19 +86,19 @@ def candidates(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor
 
 def guide_draws(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> Tensor:
     """One draw of the guide for every θ and task, unweighted and unchecked: `(S, T, d)`."""
-    return _sweep(density, guides, tasks, theta, lambda c, part: (guides.task.condition(part, c).sample(),))[0]
+    return sweep(density, guides, tasks, theta, lambda c, part: (guides.task.condition(part, c).sample(),))[0]
 
 
 def prior_noise(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> Tensor:
     """One draw of the prior for every θ and task: `(S, T, d)`."""
-    return _sweep(density, guides, tasks, theta, lambda c, part: (prior_draws(density, guides, c, part),))[0]
+    return sweep(density, guides, tasks, theta, lambda c, part: (prior_draws(density, guides, c, part),))[0]
 
 
 def _pair(drawn: Candidates) -> tuple[Tensor, Tensor]:
     return drawn.noise, drawn.log_weight
 
 
-def _sweep(
+def sweep(
     density: TaskDensity,
     guides: Guides,
     tasks: Tasks,
