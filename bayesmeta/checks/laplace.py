@@ -5,8 +5,7 @@ Exact where tasks are linear Gaussian. The baselines of `sharing.py` use it so t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,20 +16,13 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.candidates import BY_DRAW
 from bayesmeta.inference.gaussian import GaussianTasks
-
-MAX_STEPS = 50
-STEP = 1e-4
-"""Of the central differences of the gradient, in prior sds."""
-TOLERANCE = 1e-6
-"""Newton stops when no step is longer than this, in posterior sds."""
+from bayesmeta.inference.laplace import curvature_of, find_modes
 
 DRAWS = 100
 """Draws of θ that are evaluated at once."""
 ELEMENTS = 2**18
 BUCKETS = 16 * 8 ** np.arange(8)
 """Sizes that tasks are padded to at most."""
-
-LogDensity = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -56,15 +48,16 @@ def laplace(density: TaskDensity, tasks: Tasks, theta: Tensor) -> Laplace:
     shape = (len(theta), len(tasks))
     loc, factor = theta.new_empty(*shape, dim), theta.new_empty(*shape, dim, dim)
     evidence = theta.new_empty(shape)
-    values = dict(density.learned.values)
     for piece in pieces(density, tasks, theta):
-
-        def log_joint(noise: Tensor, piece: Piece = piece) -> Tensor:
-            repeated = piece.theta.repeat(len(noise) // len(piece.theta), 1)
-            return density.log_task.mapped(repeated, noise, piece.data, values, in_dims=BY_DRAW)
-
-        found = _newton(log_joint, theta.new_zeros(len(piece.theta), len(piece.names), dim), piece.names)
-        for result, value in zip((loc, factor, evidence), found, strict=True):
+        start = theta.new_zeros(len(piece.theta), len(piece.names), dim)
+        modes = find_modes(curvature_of(density, piece.data, piece.theta), start)
+        if not bool(modes.converged.all()):
+            worst = piece.names[int((~modes.converged).sum(0).argmax())]
+            raise ValueError(
+                f"the mode of task {worst!r} was not found by Newton's steps; is its posterior unimodal and its log "
+                "density smooth?"
+            )
+        for result, value in ((loc, modes.loc), (factor, modes.factor), (evidence, modes.log_evidence)):
             result[piece.draws, piece.tasks] = value[: piece.keep]
     return Laplace(GaussianTasks(loc, factor), evidence)
 
@@ -110,54 +103,3 @@ def pieces(density: TaskDensity, tasks: Tasks, theta: Tensor) -> Iterator[Piece]
             draws = slice(start, start + len(part))
             part = torch.cat([part, part[-1:].expand(count - len(part), -1)])
             yield Piece(torch.as_tensor(index), draws, batch.names, data, part)
-
-
-def _newton(log_joint: LogDensity, noise: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mode, Cholesky factor of the precision there, and log evidence; steps are damped task by task."""
-    dim = noise.shape[-1]
-    damping = torch.zeros(noise.shape[:-1], dtype=noise.dtype)
-    value, gradient, precision = _derivatives(log_joint, noise)
-    eye = torch.eye(dim, dtype=noise.dtype)
-    for _ in range(MAX_STEPS):
-        curvature = _positive(precision)
-        damped = curvature * (1 + damping[..., None, None] * eye)
-        step = torch.linalg.solve(damped, gradient.unsqueeze(-1)).squeeze(-1)
-        length = (step * (curvature @ step.unsqueeze(-1)).squeeze(-1)).sum(-1).clamp(min=0).sqrt()
-        if float(length.max()) < TOLERANCE and bool(torch.isfinite(length).all()):
-            factor = torch.linalg.cholesky(curvature)
-            log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            return noise, factor, value + 0.5 * dim * math.log(2 * math.pi) - log_det
-        trial = _derivatives(log_joint, noise + step)
-        better = torch.isfinite(trial[0]) & (trial[0] >= value - 1e-9 * (1 + value.abs()))
-        damping = torch.where(better, damping / 10, (10 * damping).clamp(min=0.1))
-        noise = torch.where(better[..., None], noise + step, noise)
-        value = torch.where(better, trial[0], value)
-        gradient = torch.where(better[..., None], trial[1], gradient)
-        precision = torch.where(better[..., None, None], trial[2], precision)
-    worst = names[int(length.amax(0).argmax())]
-    raise ValueError(
-        f"the mode of task {worst!r} was not found in {MAX_STEPS} Newton steps; is its posterior unimodal and its log "
-        "density smooth?"
-    )
-
-
-def _derivatives(log_joint: LogDensity, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value `(S, T)`, gradient `(S, T, d)` and negative Hessian `(S, T, d, d)`, by differences of the gradient."""
-    dim = noise.shape[-1]
-    moves = STEP * torch.eye(dim, dtype=noise.dtype)
-    points = torch.cat([noise, *(noise + sign * move for move in moves for sign in (1, -1))]).requires_grad_()
-    with torch.enable_grad():
-        values = log_joint(points)
-        (gradients,) = torch.autograd.grad(values.sum(), points)
-    centre, *around = gradients.split(len(noise))
-    columns = [(up - down) / (2 * STEP) for up, down in zip(around[::2], around[1::2], strict=True)]
-    hessian = torch.stack(columns, -1)
-    return values[: len(noise)].detach(), centre, -(hessian + hessian.mT) / 2
-
-
-def _positive(precision: Tensor) -> Tensor:
-    """The precision where it is positive definite; elsewhere its eigenvalues' absolute values, at least 1e-3."""
-    if bool((torch.linalg.cholesky_ex(precision).info == 0).all()):
-        return precision
-    eigenvalues, vectors = torch.linalg.eigh(precision)
-    return (vectors * eigenvalues.abs().clamp(min=1e-3).unsqueeze(-2)) @ vectors.mT
