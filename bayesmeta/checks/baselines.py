@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,27 +67,25 @@ class Units:
 
     def tasks(self, tasks: Tasks) -> Tasks:
         """The same tasks in standardised units."""
-        offsets = tasks.offsets.tolist()
         y = np.where(tasks.observed.numpy(), (tasks.y.double().numpy() - self.y_loc) / self.y_scale, np.nan)
-        columns = {name: value.numpy() for name, value in tasks.columns.items()}
-        task_columns = {name: value.numpy() for name, value in tasks.task_columns.items()}
-        for known in (columns, task_columns):
-            if self.scale_column in known:
-                known[self.scale_column] = known[self.scale_column] / self.y_scale
-        rows = {"x": (tasks.x.double().numpy() - self.x_loc) / self.x_scale, "y": y, **columns}
-        if tasks.weight is not None:
-            rows["weight"] = tasks.weight.numpy()
-        pieces = {name: [v[a:b] for a, b in zip(offsets, offsets[1:], strict=False)] for name, v in rows.items()}
+        x = (tasks.x.double().numpy() - self.x_loc) / self.x_scale
         return Tasks.from_arrays(
-            pieces["x"] if tasks.x.numel() or tasks.schema.x else None,
-            pieces["y"],
-            columns={name: pieces[name] for name in columns},
-            task_columns=task_columns,
+            _pieces(tasks, x) if tasks.x.numel() or tasks.schema.x else None,
+            _pieces(tasks, y),
+            columns={name: _pieces(tasks, values) for name, values in self._columns(tasks.columns).items()},
+            task_columns=self._columns(tasks.task_columns),
             names=tasks.names,
-            weight=pieces.get("weight"),
+            weight=None if tasks.weight is None else _pieces(tasks, tasks.weight.numpy()),
             task_weight=None if tasks.task_weight is None else tasks.task_weight.numpy(),
             missing="mask",
         )
+
+    def _columns(self, columns: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Columns as arrays; known standard errors in units of y."""
+        arrays = {name: value.numpy() for name, value in columns.items()}
+        if self.scale_column in arrays:
+            arrays[self.scale_column] = arrays[self.scale_column] / self.y_scale
+        return arrays
 
     def likelihood(self, likelihood: Any) -> Any:
         """The same likelihood for standardised labels."""
@@ -95,6 +95,11 @@ class Units:
         if isinstance(likelihood, Normal) and isinstance(likelihood.scale, int | float):
             changes["scale"] = likelihood.scale / self.y_scale
         return dataclasses.replace(likelihood, **changes)
+
+
+def _pieces(tasks: Tasks, values: np.ndarray) -> list[np.ndarray]:
+    """Values of all rows, cut into one array a task."""
+    return [values[start:stop] for start, stop in pairwise(tasks.offsets.tolist())]
 
 
 class Baseline:

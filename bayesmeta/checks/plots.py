@@ -158,10 +158,11 @@ def calibration(comparison: Comparison, *, rows: str = "rows given") -> Figure:
     """
     figure, (left, right) = panels(2, width=5.6, height=4.8)
     left.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="calibrated")
-    present = [scheme for scheme in SCHEMES if any(scheme == s for s, _ in comparison.held_out)]
-    for offset, scheme in enumerate(present):
-        pit = [part.pit for (s, _), parts in comparison.held_out.items() if s == scheme for part in parts]
-        shares = [_inside(pit, level) for level in LEVELS]
+    pits: dict[str, list[np.ndarray]] = {}
+    for (scheme, _), parts in comparison.held_out.items():
+        pits.setdefault(scheme, []).extend(part.pit for part in parts)
+    for offset, scheme in enumerate(scheme for scheme in SCHEMES if scheme in pits):
+        shares = [_inside(pits[scheme], level) for level in LEVELS]
         style: dict[str, Any] = {"color": COLOURS[scheme], "marker": MARKERS[scheme], "markersize": 5}
         left.plot(LEVELS, shares, label=scheme, **style)
         scores = np.array([comparison.score(scheme, context, "coverage of rows") for context in comparison.contexts])

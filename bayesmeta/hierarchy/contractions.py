@@ -7,6 +7,7 @@ it to graphs that run as they are; a compiler fuses the loops by itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
@@ -40,30 +41,33 @@ def contract(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _contracted(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    product: Any = node.args[0] if node.args else None
-    if node.target not in SUMS or len(node.args) < 2 or node.kwargs or not _large_product(product):
+    if node.target not in SUMS or len(node.args) < 2 or node.kwargs or not _large_product(node.args[0]):
         return None
-    shape = shape_of(product)
+    product: Any = node.args[0]
     dims: Any = node.args[1]
+    shape = shape_of(product)
     summed = {d % len(shape) for d in dims}
     first, second = (_factor(argument, shape) for argument in product.args)
     if not _worth_while(first, second, summed, shape):
         return None
-    letters = ["".join(ascii_lowercase[d] for d in factor.dims) for factor in (first, second)]
-    kept = [d for d in range(len(shape)) if shape[d] > 1 and d not in summed]
-    equation = f"{letters[0]},{letters[1]}->{''.join(ascii_lowercase[d] for d in kept)}"
-    parts = [_squeezed(graph, factor, shape) for factor in (first, second)]
-    total = add_call(graph, torch.einsum, (equation, *parts))
+    kept = sorted({*first.dims, *second.dims} - summed)
+    equation = f"{_letters(first.dims)},{_letters(second.dims)}->{_letters(kept)}"
+    total = add_call(graph, torch.einsum, (equation, _squeezed(graph, first, shape), _squeezed(graph, second, shape)))
     return add_call(graph, torch.reshape, (total, list(shape_of(node))))
+
+
+def _letters(dims: Iterable[int]) -> str:
+    return "".join(ascii_lowercase[d] for d in dims)
 
 
 def _large_product(node: Any) -> bool:
     """Whether a node is a product of two tensors of floats that only one sum uses."""
-    if not isinstance(node, fx.Node) or node.target not in PRODUCTS or len(node.users) != 1 or node.kwargs:
+    if not isinstance(node, fx.Node) or node.target not in PRODUCTS or node.kwargs:
         return False
-    dtypes = {None if value is None else value.dtype for value in map(example, (node, *node.args))}
-    floats = dtypes <= {torch.float32, torch.float64} and len(dtypes) == 1
-    return floats and shape_of(node).numel() >= SMALLEST
+    values = [example(part) for part in (node, *node.args)]
+    dtypes = {value.dtype if value is not None else None for value in values}
+    floats = dtypes in ({torch.float32}, {torch.float64})
+    return floats and len(node.users) == 1 and shape_of(node).numel() >= SMALLEST
 
 
 def _factor(node: Any, shape: torch.Size) -> _Factor:

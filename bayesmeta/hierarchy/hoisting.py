@@ -51,9 +51,8 @@ def _fixed(graph: fx.GraphModule, inputs: list[fx.Node]) -> set[fx.Node]:
     """Nodes that depend on these inputs alone; constants of the graph stay where they are."""
     found = set(inputs)
     for node in graph.graph.nodes:
-        parents = node.all_input_nodes
-        held = all(parent in found or parent.op == "get_attr" for parent in parents)
-        if node.op == "call_function" and parents and held and any(parent in found for parent in parents):
+        parents = [parent for parent in node.all_input_nodes if parent.op != "get_attr"]
+        if node.op == "call_function" and parents and found.issuperset(parents):
             found.add(node)
     return found
 

@@ -38,10 +38,7 @@ _SUBSAMPLED = (
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site. For a task site the shapes leave out the leading (T, 1).
-
-    `even`: a positive site whose prior density is smooth as an even function on the whole line.
-    """
+    """A latent site; the shapes of a task site leave out the leading (T, 1). `even`: log of |t| under an even prior."""
 
     name: str
     shape: tuple[int, ...]
@@ -255,15 +252,15 @@ class _Handler(Messenger):
         value = msg["value"] if factor else cast_observed(fn, msg["value"])
         if outcome == "support":
             self._check_support(name, fn, value, msg["mask"])
-            return
-        terms = _score(msg, value)
-        if in_tasks:
-            kept = None if factor else _kept(fn, msg["mask"])
-            if kept is not None:
-                self.trace.kept[name] = kept
-            self.trace.rows[name] = _task_first(name, terms, self.trace.tasks)
+        elif in_tasks:
+            self._score_rows(msg, value, None if factor else _kept(fn, msg["mask"]))
         else:
-            self.trace.shared_prior = self.trace.shared_prior + terms.sum()
+            self.trace.shared_prior = self.trace.shared_prior + _score(msg, value).sum()
+
+    def _score_rows(self, msg: dict[str, Any], value: Tensor, kept: Tensor | None) -> None:
+        if kept is not None:
+            self.trace.kept[msg["name"]] = kept
+        self.trace.rows[msg["name"]] = _task_first(msg["name"], _score(msg, value), self.trace.tasks)
 
     def _normal(self, name: str, fn: dist.TorchDistribution, value: Tensor) -> Tensor:
         if not isinstance(fn, (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)):

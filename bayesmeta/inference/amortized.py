@@ -137,14 +137,9 @@ def fit_amortized(
             raise ValueError(_not_finite(density, context, info))
         return value
 
-    lr = options.optimizer.lr or NETWORK_LR
-    groups: list[dict[str, Any]] = [
-        {"params": list(guides.shared.parameters()), "lr": SHARED_LR * lr / NETWORK_LR},
-        {"params": [*guides.task.parameters(), *guides.values.values()], "lr": lr},
-    ]
     history = train(
         loss,
-        groups,
+        _groups(guides, options.optimizer.lr or NETWORK_LR),
         optimizer=options.optimizer,
         between=guides.shared.recentre,
         judge=_Judge(density, guides, tasks, behind),
@@ -157,6 +152,14 @@ def fit_amortized(
     density.learned.values.update(guides.values)
     with torch.no_grad():
         return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS), history
+
+
+def _groups(guides: Guides, lr: float) -> list[dict[str, Any]]:
+    """What is trained, with its learning rates."""
+    return [
+        {"params": list(guides.shared.parameters()), "lr": SHARED_LR * lr / NETWORK_LR},
+        {"params": [*guides.task.parameters(), *guides.values.values()], "lr": lr},
+    ]
 
 
 def _objective(options: Amortized) -> Objective:
@@ -253,12 +256,16 @@ def _not_finite(density: TaskDensity, context: Context, info: Any) -> str:
     if not {"log_p", "theta", "noise"} <= set(info):
         return f"{stopped}Check the objective: its info names no log_p, theta and noise that would tell the task"
     log_p, theta, noise = (info[name].detach() for name in ("log_p", "theta", "noise"))
-    if not (torch.isfinite(theta).all() and torch.isfinite(noise).all()):
+    if not bool(torch.cat([theta.flatten(), noise.flatten()]).isfinite().all()):
         return f"{stopped}The guide has diverged: a gradient of the step before was not finite, or lr is too large"
     bad = (~torch.isfinite(log_p)).nonzero()
     if not len(bad):
         return f"{stopped}Every task's log density is finite: the guide has diverged; lower lr"
-    draw, task = (int(i) for i in bad[0])
+    return _not_finite_at(density, context, theta, noise, bad[0])
+
+
+def _not_finite_at(density: TaskDensity, context: Context, theta: Tensor, noise: Tensor, at: Tensor) -> str:
+    draw, task = (int(i) for i in at)
     terms = density.terms(context.batch, theta[draw], noise[draw])
     sites = [name for name, values in terms.items() if not torch.isfinite(values[task])]
     return (

@@ -32,18 +32,23 @@ def design_matrix(covariates: Any, count: int | None) -> tuple[tuple[str, ...], 
     """Names of the covariates and rows `(k, 1 + p)` with a leading 1."""
     if covariates is None:
         return (), np.ones((count or 1, 1))
-    if isinstance(covariates, Mapping):
-        named = {str(name): numbers(f"covariates[{name!r}]", values) for name, values in covariates.items()}
-        if len({np.shape(values) for values in named.values()}) > 1:
-            raise ValueError(f"covariates: expected columns of one length, got {[len(v) for v in named.values()]}")
-        columns, names = np.stack(list(named.values()), -1), tuple(named)
-    else:
-        columns = numbers("covariates", covariates)
-        columns = columns[:, None] if columns.ndim == 1 else columns
-        names = tuple(f"x{i}" for i in range(columns.shape[-1]))
+    names, columns = _named_columns(covariates) if isinstance(covariates, Mapping) else _numbered_columns(covariates)
     if columns.ndim != 2 or count not in (None, len(columns)):
         raise ValueError(f"covariates: expected shape ({count or 'm'}, p), a row a study, got {columns.shape}")
     return names, np.concatenate([np.ones((len(columns), 1)), columns], 1)
+
+
+def _named_columns(covariates: Mapping[Any, Any]) -> tuple[tuple[str, ...], np.ndarray]:
+    named = {str(name): numbers(f"covariates[{name!r}]", values) for name, values in covariates.items()}
+    if len({np.shape(values) for values in named.values()}) > 1:
+        raise ValueError(f"covariates: expected columns of one length, got {[len(v) for v in named.values()]}")
+    return tuple(named), np.stack(list(named.values()), -1)
+
+
+def _numbered_columns(covariates: Any) -> tuple[tuple[str, ...], np.ndarray]:
+    columns = numbers("covariates", covariates)
+    columns = columns[:, None] if columns.ndim == 1 else columns
+    return tuple(f"x{i}" for i in range(columns.shape[-1])), columns
 
 
 def normal_prior(name: str, given: Normal | None, count: int) -> np.ndarray:
