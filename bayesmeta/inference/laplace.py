@@ -210,8 +210,8 @@ def most_typical(theta: Tensor) -> Tensor:
 
 
 def _unit(theta: Tensor) -> Tensor:
-    """Standard deviations of draws, 1 for a single one."""
-    scale = theta.std(0) if len(theta) > 1 else torch.ones_like(theta[0])
+    """Standard deviations of draws, 1 where they do not vary."""
+    scale = (theta - theta.mean(0)).square().mean(0).sqrt()
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -277,7 +277,8 @@ class LaplaceGuide(TaskGuide):
 
     def condition(self, theta: Tensor, context: Context) -> TaskPosterior:
         """The Gaussians, or mixtures of them, of the nearest anchor of each θ `(S, d_theta)`."""
-        near = torch.cdist(theta / self._scale, self._anchors / self._scale).argmin(1)
+        centred = ((points - self._anchors[0]) / self._scale for points in (theta, self._anchors))
+        near = torch.cdist(*centred).argmin(1)
         loc, factor, log_share = (context.summary[name][:, near] for name in ("loc", "factor", "log_share"))
         parts = [GaussianTasks(*pair) for pair in zip(loc, factor, strict=True)]
         return parts[0] if len(parts) == 1 else MixtureTasks(parts, log_share)
