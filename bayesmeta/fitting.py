@@ -22,7 +22,7 @@ from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.inference.amortized import Amortized, fit_amortized
 from bayesmeta.inference.conditional import fit_conditional
-from bayesmeta.inference.ladder import REFINEMENTS, climb
+from bayesmeta.inference.ladder import LEAST_DRAWS, REFINEMENTS, climb
 from bayesmeta.inference.training import Optimizer
 from bayesmeta.inference.weighing import Parts, draw_empty, resample_theta
 from bayesmeta.results.arguments import check_arguments, check_choice, check_model, check_tasks, check_whole, numbers
@@ -206,13 +206,14 @@ class Fit:
         check_whole("seed", seed, 0)
         check_tasks("posterior", tasks)
         tasks = tasks.aligned(self._training.schema)
+        enough = max(draws, LEAST_DRAWS)
         with seeded(seed), torch.no_grad():
             if shared is not None:
-                theta = self._density.theta_of(numbers(shared)).expand(draws, -1)
+                theta = self._density.theta_of(numbers(shared)).expand(enough, -1)
                 parts = self._climbed(tasks, np.arange(len(tasks)), theta, refine, known=False)
             else:
-                parts = self._parts(tasks, draws, refine, updated)
-        return Posterior(self._density, tasks, parts, seed)
+                parts = self._parts(tasks, enough, refine, updated)
+        return Posterior(self._density, tasks, [(i, part.thinned(draws)) for i, part in parts], seed)
 
     def predict(self, context: Tasks, x: Any = None, columns: Any = None, **options: Any) -> Prediction:
         """Predicts new rows of tasks given their context: `posterior(context).predict(x, columns, **options)`."""

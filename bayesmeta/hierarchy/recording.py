@@ -52,6 +52,10 @@ def _independent_fills() -> dict[Any, Callable[..., Any]]:
     def fill(x: Tensor, value: float) -> Tensor:
         return torch.full_like(x, value)  # which vmap maps as one; it copies fills slice by slice
 
+    def clamp(x: Tensor, *bounds: Any, **named: Any) -> Tensor:
+        return x.copy_(torch.clamp(x, *bounds, **named))  # vmap has no rule for clamping in place, and prints so
+
+    table[aten.clamp_.default] = clamp
     return table | {aten.normal_functional.default: normal, aten.uniform.default: uniform, aten.fill.Scalar: fill}
 
 
