@@ -23,7 +23,7 @@ from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.inference.amortized import Amortized
 from bayesmeta.inference.conditional import fit_conditional
-from bayesmeta.inference.ladder import REFINEMENTS, climb
+from bayesmeta.inference.ladder import LEAST_DRAWS, REFINEMENTS, climb
 from bayesmeta.inference.marginal import Marginal
 from bayesmeta.inference.methods import Method
 from bayesmeta.inference.nuts import NUTS
@@ -209,13 +209,15 @@ class Fit:
         check_whole("seed", seed, 0)
         check_tasks("posterior", tasks)
         tasks = tasks.aligned(self._training.schema)
+        enough = max(draws, LEAST_DRAWS)
         with seeded(seed), torch.no_grad():
             if shared is not None:
-                theta = self._density.theta_of(numbers(shared)).expand(draws, -1)
+                theta = self._density.theta_of(numbers(shared)).expand(enough, -1)
                 parts = self._climbed(tasks, np.arange(len(tasks)), theta, refine, known=False)
             else:
-                parts = self._parts(tasks, draws, refine, updated)
+                parts = self._parts(tasks, enough, refine, updated)
         chains = self._shared.chains if draws == len(self._shared.theta) and shared is None else 0
+        parts = [(index, part.thinned(draws)) for index, part in parts]
         return Posterior(self._density, tasks, parts, seed, chains=chains)
 
     def predict(self, context: Tasks, x: Any = None, columns: Any = None, **options: Any) -> Prediction:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -27,7 +29,26 @@ logger = logging.getLogger("bayesmeta")
 
 TensorFunction = Callable[..., Any]
 
+BY_COLUMN = 3
+"""Up to this dimension a Hessian is recorded column by column."""
+
 _COMPILING = threading.RLock()
+
+
+def traced(
+    function: TensorFunction, examples: Sequence[Tensor], table: dict[Any, TensorFunction] | None = None
+) -> torch.fx.GraphModule:
+    """The flat graph of a function of tensors.
+
+    Example values of all nodes share one mode: one for each node would take most of the time, and could not be mixed.
+
+    Args:
+        function: Maps tensors to a pytree of tensors.
+        examples: Its arguments.
+        table: Decompositions of operations.
+    """
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(function, decomposition_table=table)(*examples)
 
 
 def value_and_gradient(
@@ -61,11 +82,21 @@ def curvature(function: TensorFunction, target: int, *leaves: Tensor) -> tuple[T
         (gradient,) = torch.autograd.grad(value.sum(), at, create_graph=True, materialize_grads=True)
         if not gradient.requires_grad:
             return value, gradient, torch.zeros(*at.shape, at.shape[-1], dtype=at.dtype)
-        columns = [
-            torch.autograd.grad(part.sum(), at, create_graph=True, materialize_grads=True)[0]
+        return value, gradient, _columns(gradient, at)
+
+
+def _columns(gradient: Tensor, at: Tensor) -> Tensor:
+    """The Hessian `(*batch, d, d)`: column by column, or for more than `BY_COLUMN` all at once in a smaller graph."""
+    dim = at.shape[-1]
+    if dim <= BY_COLUMN:
+        parts = (
+            torch.autograd.grad(part.sum(), at, create_graph=True, materialize_grads=True)
             for part in gradient.unbind(-1)
-        ]
-    return value, gradient, torch.stack(columns, -1)
+        )
+        return torch.stack([column for (column,) in parts], -1)
+    basis = torch.eye(dim, dtype=at.dtype).reshape(dim, *[1] * (at.dim() - 1), dim).expand(dim, *at.shape)
+    (rows,) = torch.autograd.grad(gradient, at, basis, create_graph=True, materialize_grads=True, is_grads_batched=True)
+    return rows.movedim(0, -1)
 
 
 def record(function: TensorFunction, leaves: Sequence[Tensor], *, compiled: bool = False) -> TensorFunction:
@@ -77,7 +108,7 @@ def record(function: TensorFunction, leaves: Sequence[Tensor], *, compiled: bool
         compiled: Compile the graph; where that fails it runs as it is, with one line in the log.
     """
     try:
-        graph = simplify(make_fx(function)(*leaves))
+        graph = simplify(traced(function, leaves))
     except (RuntimeError, NotImplementedError) as error:
         logger.info("derivatives of a graph could not be recorded, autograd computes them: %s", error)
         return function

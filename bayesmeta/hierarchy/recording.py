@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch._decomp import get_decompositions
 from torch.func import functionalize, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bayesmeta.hierarchy.derivatives import curvature, record, value_and_gradient
+from bayesmeta.hierarchy.derivatives import curvature, record, traced, value_and_gradient
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -53,6 +52,10 @@ def _independent_fills() -> dict[Any, Callable[..., Any]]:
     def fill(x: Tensor, value: float) -> Tensor:
         return torch.full_like(x, value)  # which vmap maps as one; it copies fills slice by slice
 
+    def clamp(x: Tensor, *bounds: Any, **named: Any) -> Tensor:
+        return x.copy_(torch.clamp(x, *bounds, **named))  # vmap has no rule for clamping in place, and prints so
+
+    table[aten.clamp_.default] = clamp
     return table | {aten.normal_functional.default: normal, aten.uniform.default: uniform, aten.fill.Scalar: fill}
 
 
@@ -132,9 +135,9 @@ def signature(leaves: list[Any]) -> tuple[Any, ...]:
 def _trace(flat: TensorFunction, examples: list[Tensor]) -> torch.fx.GraphModule:
     table = _independent_fills()
     try:
-        return make_fx(functionalize(flat, remove="mutations"), decomposition_table=table)(*examples)
+        return traced(functionalize(flat, remove="mutations"), examples, table)
     except RuntimeError:  # functionalize refuses autograd functions, such as Dirichlet's draws
-        return make_fx(flat, decomposition_table=table)(*examples)
+        return traced(flat, examples, table)
 
 
 def _pin_dtypes(graph: torch.fx.GraphModule) -> None:
@@ -178,6 +181,15 @@ def _flatten(args: Sequence[Any]) -> tuple[list[Any], Any]:
         else:
             return pytree.tree_flatten(tuple(args))
     return leaves, tuple(keys)
+
+
+def _dense(args: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any], Any]:
+    """Arguments, their leaves and structure without strides of their own: a graph of derivatives depends on them."""
+    leaves, keys = _flatten(args)
+    if not all(leaf.is_contiguous() for leaf in leaves):
+        args = pytree.tree_map(Tensor.contiguous, tuple(args))
+        leaves, keys = _flatten(args)
+    return tuple(args), leaves, keys
 
 
 def _refill(arg: Any, found: Iterator[Tensor]) -> Any:
@@ -270,7 +282,7 @@ class Recorded:
         Returns:
             The value, and a tuple with the gradient of each argument in `wrt`.
         """
-        leaves, keys = _flatten(args)
+        args, leaves, keys = _dense(args)
         key = (signature(leaves), keys, in_dims, tuple(wrt), tuple(weights), compiled)
         if key not in self._gradients:
             self._gradients[key] = self._differentiate(args, wrt, in_dims, weights, compiled)
@@ -289,7 +301,7 @@ class Recorded:
             in_dims: As in `mapped`; None does not map.
             compiled: Compile the graph.
         """
-        leaves, keys = _flatten(args)
+        args, leaves, keys = _dense(args)
         key = (signature(leaves), keys, in_dims, compiled)
         if key not in self._curvatures:
             call = self.graph(*args) if in_dims is None else self.mapped_graph(*args, in_dims=in_dims)
@@ -319,7 +331,7 @@ class Recorded:
         examples = [leaf.detach() for leaf in leaves]
         try:
             with seeded(0), self._context():
-                recorded = make_fx(batched)(*examples)
+                recorded = traced(batched, examples)
             _check_noise(graph, recorded, _count(leaves, dims))
             _pin_dtypes(recorded)
             simplify(recorded)

@@ -108,7 +108,7 @@ def sweep(
     """Runs a function of (context, θ) over all tasks and draws, chunk by chunk: tensors `(S, T, …)`."""
     results: tuple[Tensor, ...] = ()
     with torch.no_grad():
-        for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
+        for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=guides.task.rounded):
             context = guides.task.prepare(chunk.batch, density.tensors(chunk.batch))
             index = torch.as_tensor(chunk.index)
             for place, part in theta_chunks(theta, chunk.batch):

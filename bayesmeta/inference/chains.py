@@ -23,6 +23,8 @@ from bayesmeta.inference.weighing import TaskDraws, equal_draws
 
 TOGETHER = 16
 """Tasks whose chains move at once."""
+LARGEST = 2**26
+"""Numbers that the copies of the data, one for each pair, may hold."""
 BY_PAIR = (0, 0, 0, None)
 LEAST_THETA = 0.1
 """Share of the draws of θ that must be left after tempering."""
@@ -35,7 +37,7 @@ Parts = list[tuple[np.ndarray, TaskDraws]]
 def move_known(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, start: Tensor) -> Parts:
     """One chain at each θ `(S, d_theta)` of every training task, from `start` `(S, T, d)`."""
     noise, flags = torch.empty_like(start), [""] * len(tasks)
-    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=TOGETHER):
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=TOGETHER, rounded=True):
         target = _target(density, guides, theta, density.tensors(chunk.batch))
         filled = np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge")
         chains = Chains.at(start[:, filled])
@@ -61,7 +63,8 @@ def move_new(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, 
     """Particles (θ, φ) of every new task, θ from its draws `(S, d_theta)` with log weights `(S, T)` to begin with."""
     parts: Parts = []
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=TOGETHER):
+    together = max(1, min(TOGETHER, LARGEST // (len(theta) * _elements(tasks))))
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=together, rounded=True):
         filled = np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge")
         population = _Population(density, guides, theta, density.tensors(chunk.batch))
         noise = prior_draws(density, guides, Context(chunk.batch, population.data), theta)
@@ -76,6 +79,12 @@ def move_new(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, 
             drawn.ess = np.array([left])
             parts.append((np.array([task]), drawn))
     return parts
+
+
+def _elements(tasks: Tasks) -> int:
+    """Numbers in the data of the largest task."""
+    largest = tasks.batch([int(np.argmax(tasks.sizes))])
+    return sum(value.numel() for value in largest.tensors.values())
 
 
 class _Population:

@@ -38,8 +38,19 @@ def padded_rows(size: int) -> int:
     return rows
 
 
-def task_chunks(tasks: Tasks, *, exact_size: bool, limit: int = CHUNK_TASKS) -> Iterator[Chunk]:
-    """Yields all tasks, tasks of like (or equal) size together, at most `limit` at once."""
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def task_chunks(tasks: Tasks, *, exact_size: bool, limit: int = CHUNK_TASKS, rounded: bool = False) -> Iterator[Chunk]:
+    """Yields all tasks, tasks of like (or equal) size together.
+
+    Args:
+        tasks: The tasks.
+        exact_size: They may not be padded.
+        limit: The most tasks in a chunk, a power of two.
+        rounded: Numbers of tasks and of rows are powers of two: other tasks next time need few other graphs.
+    """
     sizes = np.asarray(tasks.sizes)
     rows = np.maximum(sizes, 1) if exact_size else np.array([padded_rows(int(n)) for n in np.unique(sizes)])
     if not exact_size:
@@ -49,6 +60,8 @@ def task_chunks(tasks: Tasks, *, exact_size: bool, limit: int = CHUNK_TASKS) -> 
         widest = max(1, int(sizes[members].max()))
         pieces = -(-len(members) // limit)
         size = -(-len(members) // pieces)
+        if rounded:
+            widest, size = widest if exact_size else _power_of_two(widest), _power_of_two(size)
         for start in range(0, len(members), size):
             index = members[start : start + size]
             filled = np.concatenate([index, np.repeat(index[-1:], size - len(index))])

@@ -43,6 +43,7 @@ class ExactGuide(TaskGuide):
     """The closed-form posterior of Gaussian tasks; of other tasks it is wrong."""
 
     method = "exact"
+    rounded = True
 
     def attach(self, density: TaskDensity, tasks: Tasks) -> None:
         """Keeps the model."""
@@ -88,7 +89,7 @@ def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarra
     if density.dtype != torch.float64 or density.structure.task_size == 0:
         return found
     some = theta[torch.linspace(0, len(theta) - 1, THETAS).long()]
-    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True):
         passed = _pass(density, chunk.batch, some)
         found[chunk.index] = passed[: len(chunk.index)]
     return found

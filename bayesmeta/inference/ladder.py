@@ -33,6 +33,8 @@ from bayesmeta.inference.weighing import (
 )
 
 REFINEMENTS = ("auto", "none", "laplace", "nuts")
+LEAST_DRAWS = 200
+"""Fewer weights are not judged: whoever wants fewer draws gets some of these."""
 AUDITED = 0.05
 """Share of the accepted tasks that is searched for further modes."""
 
@@ -151,9 +153,11 @@ class _Climber:
         """The closed form of Gaussian tasks."""
         positions = self.found.open
         if len(positions):
-            gaussian = positions[are_gaussian(self.density, self.tasks[positions], self.theta)]
-            if len(gaussian):
-                self._weigh(self._attached(ExactGuide()), gaussian)
+            gaussian = are_gaussian(self.density, self.tasks[positions], self.theta)
+            if self.replaced is not None:
+                gaussian &= are_gaussian(self.density, self.replaced[positions], self.theta)
+            if gaussian.any():
+                self._weigh(self._attached(ExactGuide()), positions[gaussian])
 
     def laplace(self) -> None:
         """Laplace proposals from several starts."""
@@ -186,7 +190,7 @@ class _Climber:
             drawn = weigh_known(self.density, guides, self.theta, tasks)
         else:
             old = None if self.replaced is None else self.replaced[positions]
-            drawn = weigh_new(self.density, guides, self.theta, tasks, replaced=old, before=self.guides)
+            drawn = weigh_new(self.density, guides, self.theta, tasks, replaced=old)
         self.found.put([(np.arange(len(positions)), drawn)], positions)
 
     def _modes(self, positions: np.ndarray) -> np.ndarray:
@@ -196,5 +200,6 @@ class _Climber:
         """What the θ weigh before new tasks are seen: replaced tasks are taken out of them."""
         if self.replaced is None:
             return self.theta.new_zeros(len(self.theta), len(positions))
+        guides = replace(self.guides, task=self._attached(LaplaceGuide.around(self.theta)))
         old = self.replaced[positions]
-        return -log_evidence(self.density, self.guides, old, self.theta, per_theta=EFFECTIVE_CANDIDATES)
+        return -log_evidence(self.density, guides, old, self.theta, per_theta=EFFECTIVE_CANDIDATES)

@@ -22,8 +22,10 @@ from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
 MAX_STEPS = 60
-TOLERANCE = 1e-7
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
 """A mode is reached when the next Newton step is shorter than this, in posterior sds."""
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
+"""A relative loss of the log joint that a step may make."""
 LONGEST = 10.0
 """No step is longer than so many prior sds in one coordinate."""
 MAX_DAMPING = 1e10
@@ -34,6 +36,8 @@ STARTS = 8
 APART = 0.1
 """Modes nearer to each other than this, in posterior sds, are one."""
 MOST_MODES = 4
+NOWHERE = -1e30
+"""The log evidence of a mode that was not reached: it has no share beside one that was."""
 SMALLEST_SHARE = 1e-3
 """Modes with a smaller share of a task's evidence are left to the prior's part of the proposal."""
 BY_DRAW = (0, 0, None, None)
@@ -108,15 +112,16 @@ def find_modes(curvature: Curvature, start: Tensor, *, steps: int = MAX_STEPS) -
     """
     point = _Point.at(curvature, start)
     damping = torch.zeros(start.shape[:-1], dtype=start.dtype)
+    tolerance, rounding = TOLERANCE[start.dtype], ROUNDING[start.dtype]
     for step in range(steps):
         positive, definite = _positive(point.precision)
         move = _step(positive, damping, point.gradient)
         length = (move * (positive @ move.unsqueeze(-1)).squeeze(-1)).sum(-1).clamp(min=0).sqrt()
-        converged = (length < TOLERANCE) & definite & (damping < 1) & torch.isfinite(point.value)
+        converged = (length < tolerance) & definite & (damping < 1) & torch.isfinite(point.value)
         if bool((converged | (damping > MAX_DAMPING)).all()) or step == steps - 1:
             break
         trial = _Point.at(curvature, point.loc + move)
-        better = torch.isfinite(trial.value) & (trial.value >= point.value - 1e-12 * (1 + point.value.abs()))
+        better = torch.isfinite(trial.value) & (trial.value >= point.value - rounding * (1 + point.value.abs()))
         better &= torch.isfinite(trial.gradient).all(-1)
         damping = torch.where(better, damping / 10, (10 * damping).clamp(min=0.1))
         damping = torch.where(damping < 1e-6, 0.0, damping)
@@ -135,16 +140,15 @@ def _step(positive: Tensor, damping: Tensor, gradient: Tensor) -> Tensor:
 
 def _positive(precision: Tensor) -> tuple[Tensor, Tensor]:
     """Positive definite precisions, and where they were so from the start `(S, T)`."""
-    definite = torch.linalg.cholesky_ex(precision).info == 0
+    usable = torch.isfinite(precision).flatten(-2).all(-1)
+    definite = (torch.linalg.cholesky_ex(precision).info == 0) & usable
     if bool(definite.all()):
         return precision, definite
-    usable = torch.isfinite(precision).flatten(-2).all(-1)
     eye = torch.eye(precision.shape[-1], dtype=precision.dtype)
     safe = torch.where(usable[..., None, None], precision, eye)
     values, vectors = torch.linalg.eigh(safe)
     mended = (vectors * values.abs().clamp(min=1e-2).unsqueeze(-2)) @ vectors.mT
-    keep = (definite & usable)[..., None, None]
-    return torch.where(keep, precision, mended), definite & usable
+    return torch.where(definite[..., None, None], precision, mended), definite
 
 
 def distinct_modes(curvature: Curvature, starts: Tensor) -> tuple[Modes, Tensor]:
@@ -210,8 +214,8 @@ def most_typical(theta: Tensor) -> Tensor:
 
 
 def _unit(theta: Tensor) -> Tensor:
-    """Standard deviations of draws, 1 for a single one."""
-    scale = theta.std(0) if len(theta) > 1 else torch.ones_like(theta[0])
+    """Standard deviations of draws, 1 where they do not vary."""
+    scale = (theta - theta.mean(0)).square().mean(0).sqrt()
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -219,7 +223,7 @@ def mode_counts(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarray
     """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as the starts find them: `(T,)`."""
     found = np.zeros(len(tasks), dtype=int)
     repeated = theta.expand(STARTS + 1, -1)
-    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True):
         starts = _starts(repeated, len(chunk.batch.names), density.structure.task_size)
         _, there = distinct_modes(curvature_of(density, density.tensors(chunk.batch), repeated), starts)
         found[chunk.index] = there.sum(0)[: len(chunk.index)].numpy()
@@ -242,6 +246,7 @@ class LaplaceGuide(TaskGuide):
     """
 
     method = "laplace"
+    rounded = True
 
     anchors: Tensor
     scale: Tensor
@@ -270,7 +275,7 @@ class LaplaceGuide(TaskGuide):
         found, there = distinct_modes(curvature_of(self._density, data, centre), starts)
         curvature = curvature_of(self._density, data, self.anchors)
         followed = [find_modes(curvature, loc.expand(len(self.anchors), -1, -1)) for loc in found.loc]
-        evidence = torch.stack([modes.log_evidence for modes in followed])
+        evidence = torch.stack([torch.where(modes.converged, modes.log_evidence, NOWHERE) for modes in followed])
         evidence = torch.where(there.unsqueeze(1), evidence, -math.inf)
         summary = {
             "loc": torch.stack([modes.loc for modes in followed]),
@@ -281,8 +286,29 @@ class LaplaceGuide(TaskGuide):
         return Context(batch, data, summary)
 
     def condition(self, theta: Tensor, context: Context) -> TaskPosterior:
-        """The Gaussians, or mixtures of them, of the nearest anchor of each θ `(S, d_theta)`."""
-        near = torch.cdist(theta / self.scale, self.anchors / self.scale).argmin(1)
+        """The Gaussians, or mixtures of them, one Newton step from the modes at the nearest anchor of each θ."""
+        some, place = _different(theta)
+        here, there = ((points - self.anchors[0]) / self.scale for points in (some, self.anchors))
+        near = torch.cdist(here, there).argmin(1)
+        curvature = curvature_of(self._density, context.data, some)
         loc, factor, log_share = (context.summary[name][:, near] for name in ("loc", "factor", "log_share"))
-        parts = [GaussianTasks(*pair) for pair in zip(loc, factor, strict=True)]
-        return parts[0] if len(parts) == 1 else MixtureTasks(parts, log_share)
+        moved = [_stepped(curvature, *pair) for pair in zip(loc, factor, strict=True)]
+        parts = [GaussianTasks(one[place], two[place]) for one, two in moved]
+        return parts[0] if len(parts) == 1 else MixtureTasks(parts, log_share[:, place])
+
+
+def _different(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws of θ without repetitions, filled up to a power of two, and where each draw is among them."""
+    some, place = theta.unique_consecutive(dim=0, return_inverse=True)
+    missing = 2 ** math.ceil(math.log2(len(some))) - len(some)
+    return torch.cat([some, some[-1:].expand(missing, -1)]), place
+
+
+def _stepped(curvature: Curvature, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations and factors after one Newton step, as they were where that does not lead to a maximum."""
+    _, gradient, hessian = curvature(loc)
+    lower, info = torch.linalg.cholesky_ex(-(hessian + hessian.mT) / 2)
+    step = torch.cholesky_solve(gradient.unsqueeze(-1), lower).squeeze(-1)
+    usable = (info == 0) & torch.isfinite(step).all(-1) & (step.abs().amax(-1) < LONGEST)
+    moved = torch.where(usable.unsqueeze(-1), loc + step, loc)
+    return moved, torch.where(usable[..., None, None], lower, factor)

@@ -58,6 +58,8 @@ class TaskGuide(nn.Module, ABC):
     """What `Posterior.method` calls the weighted draws of this guide."""
     cost: float = 1.0
     """Of one draw with its density, relative to the default guide; the correction of θ draws so many times less."""
+    rounded: bool = False
+    """It is for some tasks, others at every call: their numbers are rounded so that few graphs are recorded."""
 
     def attach(self, density: TaskDensity, tasks: Tasks) -> None:
         """Meets the model and the training tasks; builds what depends on them. Default: keeps nothing."""

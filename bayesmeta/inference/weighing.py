@@ -7,7 +7,7 @@ one, each re-weighting θ by its own evidence. The ladder calls this file once a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from bayesmeta.inference.candidates import candidates, guide_draws, log_evidence
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.objectives import Guides
 
-MIN_CANDIDATES = 8
+COUNTS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of candidates at one θ: few different ones, since each needs a graph of its own."""
+MIN_CANDIDATES = COUNTS[0]
 EFFECTIVE_CANDIDATES = 16
 """Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
-MAX_CANDIDATES = 128
+MAX_CANDIDATES = COUNTS[-1]
 PILOT_THETA = 64
 
 
@@ -57,17 +59,20 @@ class TaskDraws:
         if keep.all():
             return self
         columns = np.flatnonzero(keep)
-        return TaskDraws(
-            self.theta,
-            self.noise[:, columns],
-            self.log_weight[:, columns],
-            self.index[:, columns],
-            self.khat[columns],
-            self.ess[columns],
-            [self.method[i] for i in columns],
-            [self.flag[i] for i in columns],
-            self.joint,
+        return replace(
+            self,
+            noise=self.noise[:, columns],
+            log_weight=self.log_weight[:, columns],
+            index=self.index[:, columns],
+            khat=self.khat[columns],
+            ess=self.ess[columns],
+            method=[self.method[i] for i in columns],
+            flag=[self.flag[i] for i in columns],
         )
+
+    def thinned(self, draws: int) -> TaskDraws:
+        """The same candidates with fewer equally weighted draws, spread evenly over those that are there."""
+        return replace(self, index=self.index[np.arange(draws) * len(self.index) // draws])
 
 
 Parts = list[tuple[np.ndarray, TaskDraws]]
@@ -105,7 +110,6 @@ def weigh_new(
     tasks: Tasks,
     *,
     replaced: Tasks | None = None,
-    before: Guides | None = None,
 ) -> TaskDraws:
     """Independent inferences of tasks that θ has not learned from.
 
@@ -115,12 +119,11 @@ def weigh_new(
         theta: Draws of θ given the training tasks `(S, d_theta)`.
         tasks: The new tasks.
         replaced: The training tasks that `tasks` replace: their evidence is divided out of θ.
-        before: The guides that estimate that evidence; by default `guides`.
     """
     drawn = candidates(density, guides, tasks, theta)
     raw = drawn.log_weight
     if replaced is not None:
-        raw = raw - log_evidence(density, before or guides, replaced, theta, per_theta=EFFECTIVE_CANDIDATES)
+        raw = raw - log_evidence(density, guides, replaced, theta, per_theta=EFFECTIVE_CANDIDATES)
     smoothed, khat = psis.smooth(raw.numpy().T)
     ess = psis.relative_ess(raw.numpy().T)
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
@@ -172,7 +175,7 @@ def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta
     raw = candidates(density, guides, tasks, pilot).log_weight.reshape(-1, MIN_CANDIDATES, len(tasks))
     _, ess = _diagnose((raw - _log_mean_of_others(raw)).reshape(-1, len(tasks)).numpy())
     worst = max(float(np.min(ess)), EFFECTIVE_CANDIDATES / MAX_CANDIDATES)
-    return max(MIN_CANDIDATES, math.ceil(EFFECTIVE_CANDIDATES / worst))
+    return next(count for count in COUNTS if count * worst >= EFFECTIVE_CANDIDATES - 0.1)
 
 
 def _log_mean_of_others(raw: Tensor) -> Tensor:

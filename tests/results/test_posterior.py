@@ -16,7 +16,7 @@ import bayesmeta as bm
 from bayesmeta.data.batch import Batch
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.correction import SharedDraws, correct_shared
-from bayesmeta.inference.ladder import TaskDraws, infer_known
+from bayesmeta.inference.weighing import TaskDraws, resample_theta, weigh_known
 from bayesmeta.results.posterior import Posterior, Shared, constrained
 
 CANDIDATES, DRAWS = 60, 25
@@ -211,7 +211,7 @@ def test_rankings_of_known_tasks_follow_from_joint_draws() -> None:
     read, guides, tasks = setting(ROWS)
     with torch.no_grad():
         shared = correct_shared(read, guides, tasks, draws=draws)
-        drawn = infer_known(read, guides, shared, tasks, draws=draws, refine="auto")
+        drawn = weigh_known(read, guides, resample_theta(shared, draws), tasks)
     mean, covariance = exact(ROWS)
     a, effective = Posterior(read, tasks, [(np.arange(5), drawn)]).draws("a"), draws * shared.ess / 2
     for i, j in ((0, 4), (1, 3), (0, 2)):

@@ -16,7 +16,7 @@ from scipy.stats import norm
 import bayesmeta as bm
 from bayesmeta.data.batch import Batch
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.ladder import TaskDraws
+from bayesmeta.inference.weighing import TaskDraws
 from bayesmeta.results.posterior import Posterior
 
 DRAWS = 30

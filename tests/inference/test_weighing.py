@@ -1,4 +1,4 @@
-"""Posteriors of tasks against a conjugate hierarchy: joint draws of known tasks, new tasks with θ integrated, flags."""
+"""Weighted draws against a conjugate hierarchy: joint draws of known tasks, new tasks with θ integrated, flags."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ import torch
 from conjugate import ROWS, SIGMA, TAU, ExactGuide, close, conditional, exact, make_tasks, setting
 from torch import Tensor
 
-from bayesmeta.inference import ladder
+from bayesmeta.inference import weighing
 from bayesmeta.inference.correction import SharedDraws, correct_shared
-from bayesmeta.inference.ladder import TaskDraws, infer_empty, infer_known, infer_new, resample_theta
+from bayesmeta.inference.weighing import (
+    TaskDraws,
+    draw_empty,
+    draw_unchecked,
+    resample_theta,
+    weigh_known,
+    weigh_new,
+)
 from bayesmeta.results.weighted import weighted_mean, weighted_sd
 
 DRAWS = 4000
@@ -45,7 +52,7 @@ def known(guide: ExactGuide | None = None, draws: int = DRAWS) -> tuple[TaskDraw
     density, guides, tasks = setting(ROWS)
     guides.task = guide or guides.task
     shared = shared_draws()
-    drawn = infer_known(density, guides, shared, tasks, draws=draws, refine="auto")
+    drawn = weigh_known(density, guides, resample_theta(shared, draws), tasks)
     return drawn, min(draws, shared.ess * DRAWS) / 2
 
 
@@ -83,7 +90,7 @@ def test_draws_of_known_tasks_and_theta_are_joint() -> None:
 
 def test_candidates_are_left_out_of_their_own_evidence() -> None:
     raw = 3 * torch.randn(4, 6, 2, dtype=torch.float64) - 800
-    found = ladder._log_mean_of_others(raw).numpy()
+    found = weighing._log_mean_of_others(raw).numpy()
     for s in range(4):
         for m in range(6):
             others = np.delete(raw[s].numpy(), m, 0)
@@ -94,14 +101,14 @@ def test_one_candidate_that_outweighs_all_others_is_seen() -> None:
     """Weights normalised within a θ would look perfect; left out of its own evidence, the candidate stands out."""
     raw = torch.zeros(200, 8, 1, dtype=torch.float64)
     raw[::20, 0] = 30.0
-    khat, ess = ladder._diagnose((raw - ladder._log_mean_of_others(raw)).reshape(-1, 1).numpy())
-    assert ess[0] < 0.02 and ladder._flags(khat, ess, 1600) != [""]
+    khat, ess = weighing._diagnose((raw - weighing._log_mean_of_others(raw)).reshape(-1, 1).numpy())
+    assert ess[0] < 0.02 and weighing._flags(khat, ess, 1600) != [""]
 
 
 def test_candidates_are_chosen_by_their_share() -> None:
     share = torch.tensor([0.05, 0.6, 0.0, 0.35], dtype=torch.float64)
     count = 20_000
-    index = ladder._choose(share.log().reshape(1, 4, 1).expand(count, 4, 2))
+    index = weighing._choose(share.log().reshape(1, 4, 1).expand(count, 4, 2))
     for task in range(2):
         found = np.bincount(index[:, task], minlength=4) / count
         error = np.sqrt(share.numpy() * (1 - share.numpy()) / count)
@@ -114,8 +121,8 @@ def test_worse_guides_get_more_candidates() -> None:
     for guide in (ExactGuide(), ExactGuide(0.7), Stuck()):
         density, guides, tasks = setting(ROWS)
         guides.task = guide
-        needed.append(ladder._candidates_needed(density, guides, tasks, resample_theta(shared_draws(), 100)))
-    assert ladder.EFFECTIVE_CANDIDATES <= needed[0] < needed[1] < needed[2] == ladder.MAX_CANDIDATES
+        needed.append(weighing._candidates_needed(density, guides, tasks, resample_theta(shared_draws(), 100)))
+    assert weighing.EFFECTIVE_CANDIDATES <= needed[0] < needed[1] < needed[2] == weighing.MAX_CANDIDATES
 
 
 def new_rows() -> dict[str, list[float]]:
@@ -127,7 +134,7 @@ def test_new_tasks_integrate_over_theta() -> None:
     density, guides, _ = setting(ROWS)
     shared = shared_draws(4 * DRAWS)
     theta = resample_theta(shared, 4 * DRAWS)
-    drawn = infer_new(density, guides, theta, make_tasks(new_rows()), refine="auto")
+    drawn = weigh_new(density, guides, theta, make_tasks(new_rows()))
     plug_in = conditional(new_rows(), exact(ROWS)[0][-1])
     for task, (name, y) in enumerate(new_rows().items()):
         mean, covariance = exact(ROWS | {name: y})
@@ -149,7 +156,7 @@ def test_a_replaced_task_gives_its_evidence_back() -> None:
     shared = shared_draws(4 * DRAWS)
     theta = resample_theta(shared, 4 * DRAWS)
     now = {"c": [-1.0, -0.5]}
-    drawn = infer_new(density, guides, theta, make_tasks(now), refine="none", replaced=make_tasks({"c": ROWS["c"]}))
+    drawn = weigh_new(density, guides, theta, make_tasks(now), replaced=make_tasks({"c": ROWS["c"]}))
     mean, covariance = exact({name: y for name, y in ROWS.items() if name != "c"} | now)
     found = [f(values(drawn)[:, 0], drawn.log_weight[:, 0]) for f in (weighted_mean, weighted_sd)]
     answer = mean[-2], covariance[-2, -2] ** 0.5
@@ -159,7 +166,7 @@ def test_a_replaced_task_gives_its_evidence_back() -> None:
 def test_an_empty_task_is_the_prior() -> None:
     density, guides, _ = setting(ROWS)
     theta = resample_theta(shared_draws(), DRAWS)
-    drawn = infer_empty(density, guides, theta, make_tasks({"x": [], "z": []}), joint=True)
+    drawn = draw_empty(density, guides, theta, make_tasks({"x": [], "z": []}), joint=True)
     noise = drawn.noise[..., 0].numpy()
     assert close(noise.mean(0), noise.std(0), (np.zeros(2), np.ones(2)), DRAWS)
     assert abs(np.corrcoef(noise.T)[0, 1]) < 4 / math.sqrt(DRAWS)
@@ -171,9 +178,9 @@ def test_a_guide_that_misses_the_posterior_is_flagged() -> None:
     density, guides, tasks = setting(ROWS)
     guides.task = Stuck()
     theta = resample_theta(shared_draws(), 500)
-    new = infer_new(density, guides, theta, make_tasks({"n": [9.0] * 40}), refine="auto")
+    new = weigh_new(density, guides, theta, make_tasks({"n": [9.0] * 40}))
     assert new.flag[0].startswith("importance sampling failed: k̂ ") and "relative ESS" in new.flag[0]
-    old = infer_known(density, guides, shared_draws(), tasks, draws=50, refine="auto")
+    old = weigh_known(density, guides, resample_theta(shared_draws(), 50), tasks)
     fine = psis_fine(old)
     assert [flag == "" for flag in old.flag] == fine
 
@@ -196,8 +203,8 @@ def test_unchecked_draws_are_the_guides_and_say_so() -> None:
     density, guides, tasks = setting(ROWS)
     guides.task = ExactGuide(shift=3.0)
     theta = resample_theta(shared_draws(), DRAWS)
-    new = infer_new(density, guides, theta, tasks, refine="none")
-    old = infer_known(density, guides, shared_draws(), tasks, draws=DRAWS, refine="none")
+    new = draw_unchecked(density, guides, theta, tasks, joint=False)
+    old = draw_unchecked(density, guides, theta, tasks, joint=True)
     sd = (1 / TAU**2 + np.array([len(y) for y in ROWS.values()]) / SIGMA**2) ** -0.5
     for drawn in (new, old):
         off = (chosen(drawn)[0] - conditional(ROWS, chosen(drawn)[1][:, 0])[0]) / sd
@@ -205,14 +212,3 @@ def test_unchecked_draws_are_the_guides_and_say_so() -> None:
         assert drawn.method[0] == "amortized" and drawn.flag[0] == "not checked (refine='none')"
         assert np.isnan(drawn.khat).all()
     assert old.joint and not new.joint
-
-
-def test_merge_finds_every_task() -> None:
-    density, guides, _ = setting(ROWS)
-    theta = resample_theta(shared_draws(), 20)
-    parts = [
-        (np.array(index), infer_empty(density, guides, theta, make_tasks(dict.fromkeys(names, [])), joint=True))
-        for index, names in (([2, 0], "ca"), ([1], "b"))
-    ]
-    where = ladder.merge(parts, 3)
-    assert [(part is parts[0][1], place) for part, place in where] == [(True, 1), (False, 0), (True, 0)]
