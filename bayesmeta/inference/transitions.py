@@ -110,7 +110,7 @@ def tune(target: Target, chains: Chains, *, transitions: int = TUNING) -> None:
 
 
 def settle(target: Target, chains: Chains) -> np.ndarray:
-    """Moves chains until their acceptance is good and their moments stand still; says for which tasks they do `(T,)`."""
+    """Moves chains until their acceptance is good and their moments stand still; says for which tasks: `(T,)`."""
     settled = torch.zeros(chains.noise.shape[1], dtype=torch.bool)
     for _ in range(MAX_ROUNDS):
         before, acceptance = chains.noise, torch.zeros_like(chains.step)
@@ -127,6 +127,8 @@ def settle(target: Target, chains: Chains) -> np.ndarray:
 
 def _still(before: Tensor, after: Tensor) -> Tensor:
     """Whether means and mean squares of `(S, T, d)` have not moved, `(T,)`."""
+    if len(before) == 1:
+        return torch.zeros(before.shape[1], dtype=torch.bool)
     still = torch.ones(before.shape[1], dtype=torch.bool)
     centre, unit = after.mean(0), after.std(0).clamp(min=1e-12)
     one, two = ((part - centre) / unit for part in (before, after))
