@@ -1,7 +1,7 @@
 """Hierarchies with one θ and one φ a task whose answers come from quadrature, and a guide that misses them.
 
-mu ~ N(0, WIDE²), z_i ~ N(0, 1), φ_i = mu + TAU z_i. Counts: y_ij ~ Poisson(e^φ). Squares: y_ij ~ N((φ_i + LEAN)², NOISE²),
-which has two modes; they weigh differently.
+mu ~ N(0, WIDE²), z_i ~ N(0, 1), φ_i = mu + TAU z_i. Counts: y_ij ~ Poisson(e^φ). Squares:
+y_ij ~ N((φ_i + LEAN)², NOISE²), which has two modes that weigh differently.
 """
 
 from __future__ import annotations

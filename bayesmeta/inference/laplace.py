@@ -21,11 +21,13 @@ from bayesmeta.inference.chunks import task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
-MAX_STEPS = 60
+MAX_STEPS = 100
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
 """A mode is reached when the next Newton step is shorter than this, in posterior sds."""
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
 """A relative loss of the log joint that a step may make."""
+SINGULAR = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Eigenvalues of a mended Hessian are at least this share of the largest."""
 LONGEST = 10.0
 """No step is longer than so many prior sds in one coordinate."""
 MAX_DAMPING = 1e10
@@ -149,7 +151,9 @@ def _positive(precision: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(precision.shape[-1], dtype=precision.dtype)
     safe = torch.where(usable[..., None, None], precision, eye)
     values, vectors = torch.linalg.eigh(safe)
-    mended = (vectors * values.abs().clamp(min=1e-2).unsqueeze(-2)) @ vectors.mT
+    size = values.abs()
+    least = (size.amax(-1, keepdim=True) * SINGULAR[precision.dtype]).clamp(min=1e-2)
+    mended = (vectors * torch.maximum(size, least).unsqueeze(-2)) @ vectors.mT
     return torch.where(definite[..., None, None], precision, mended), definite
 
 

@@ -18,8 +18,8 @@ from bayesmeta.inference import psis
 
 TARGET = 0.8
 """Acceptance that step sizes are tuned to."""
-LOWEST = 0.6
-"""Acceptance below which chains are not trusted."""
+LOWEST, HIGHEST = 0.6, 0.99
+"""Acceptance outside of which chains are not trusted: too high, and they stand still because their steps are tiny."""
 TUNING = 15
 ROUND = 10
 """Transitions between two looks at the chains."""
@@ -117,11 +117,12 @@ def settle(target: Target, chains: Chains) -> np.ndarray:
         for _ in range(ROUND):
             transition(target, chains)
             acceptance = acceptance + chains.acceptance / ROUND
-        settled = (acceptance > LOWEST) & _still(before, chains.noise)
+        settled = (acceptance > LOWEST) & (acceptance < HIGHEST) & _still(before, chains.noise)
         if bool(settled.all()):
             break
         chains.scale = spread(chains.noise)
-        chains.step = chains.step * torch.exp(0.7 * (acceptance - TARGET).clamp(max=0))
+        factor = torch.exp(0.7 * (acceptance - TARGET).clamp(max=0))
+        chains.step = chains.step * torch.where(acceptance < HIGHEST, factor, 2.0)
     return settled.numpy()
 
 
