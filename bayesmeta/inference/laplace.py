@@ -21,16 +21,20 @@ from bayesmeta.inference.chunks import task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
-MAX_STEPS = 60
+MAX_STEPS = 100
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
 """A mode is reached when the next Newton step is shorter than this, in posterior sds."""
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
 """A relative loss of the log joint that a step may make."""
+SINGULAR = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Eigenvalues of a mended Hessian are at least this share of the largest."""
 LONGEST = 10.0
 """No step is longer than so many prior sds in one coordinate."""
 MAX_DAMPING = 1e10
 ANCHORS = 64
 """Draws of θ at which modes are found."""
+GROUP = 8
+"""Anchors that are searched together from several starts."""
 STARTS = 8
 """Draws of the prior from which further modes are looked for, besides the prior's centre."""
 APART = 0.1
@@ -147,7 +151,9 @@ def _positive(precision: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(precision.shape[-1], dtype=precision.dtype)
     safe = torch.where(usable[..., None, None], precision, eye)
     values, vectors = torch.linalg.eigh(safe)
-    mended = (vectors * values.abs().clamp(min=1e-2).unsqueeze(-2)) @ vectors.mT
+    size = values.abs()
+    least = (size.amax(-1, keepdim=True) * SINGULAR[precision.dtype]).clamp(min=1e-2)
+    mended = (vectors * torch.maximum(size, least).unsqueeze(-2)) @ vectors.mT
     return torch.where(definite[..., None, None], precision, mended), definite
 
 
@@ -219,21 +225,58 @@ def _unit(theta: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def spread_out(theta: Tensor, count: int) -> Tensor:
+    """Some of the draws of θ `(S, d_theta)`: the most typical one, others in turn, and those far from all of these.
+
+    The second half are the draws that are farthest from what has been taken, so that every draw has one nearby.
+    """
+    typical = most_typical(theta).unsqueeze(0)
+    if len(theta) < count:
+        return torch.cat([typical, theta])[torch.arange(count) % (len(theta) + 1)]
+    chosen = torch.cat([typical, theta[torch.linspace(0, len(theta) - 1, count // 2).long()]])
+    white = theta / _unit(theta)
+    distance = torch.stack([(white - one / _unit(theta)).square().sum(-1) for one in chosen]).amin(0)
+    while len(chosen) < count:
+        far = int(distance.argmax())
+        chosen = torch.cat([chosen, theta[far : far + 1]])
+        distance = torch.minimum(distance, (white - white[far]).square().sum(-1))
+    return chosen
+
+
+def modes_at(density: TaskDensity, data: dict[str, Tensor], theta: Tensor, begin: Tensor) -> tuple[Modes, Tensor]:
+    """The different modes of T task posteriors at A draws of θ `(A, d_theta)`, from K starts each `(K, A, T, d)`.
+
+    Returns:
+        Up to `MOST_MODES` modes, best first, `(m, A, T, …)`, and which of them are there `(m, A, T)`.
+    """
+    many, count, tasks, dim = begin.shape
+    plain = curvature_of(density, data, theta.repeat(many, 1))
+
+    def curvature(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, gradient, hessian = plain(noise.reshape(many * count, tasks, dim))
+        flat = (many, count * tasks)
+        return value.reshape(flat), gradient.reshape(*flat, dim), hessian.reshape(*flat, dim, dim)
+
+    found, there = distinct_modes(curvature, begin.reshape(many, count * tasks, dim))
+    parts = (found.loc, found.factor, found.value, found.converged, there)
+    loc, factor, value, converged, there = (part.reshape(-1, count, tasks, *part.shape[2:]) for part in parts)
+    return Modes(loc, factor, value, converged), there
+
+
+def _starts(theta: Tensor, tasks: int, dim: int, starts: int) -> Tensor:
+    """The prior's centre and draws of it for each θ and task, `(starts + 1, A, T, d)`."""
+    drawn = torch.randn(starts, len(theta), tasks, dim, dtype=theta.dtype)
+    return torch.cat([drawn.new_zeros(1, *drawn.shape[1:]), drawn])
+
+
 def mode_counts(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarray:
     """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as the starts find them: `(T,)`."""
     found = np.zeros(len(tasks), dtype=int)
-    repeated = theta.expand(STARTS + 1, -1)
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True):
-        starts = _starts(repeated, len(chunk.batch.names), density.structure.task_size)
-        _, there = distinct_modes(curvature_of(density, density.tensors(chunk.batch), repeated), starts)
-        found[chunk.index] = there.sum(0)[: len(chunk.index)].numpy()
+        begin = _starts(theta.unsqueeze(0), len(chunk.batch.names), density.structure.task_size, STARTS)
+        _, there = modes_at(density, density.tensors(chunk.batch), theta.unsqueeze(0), begin)
+        found[chunk.index] = there[:, 0].sum(0)[: len(chunk.index)].numpy()
     return found
-
-
-def _starts(repeated: Tensor, tasks: int, dim: int) -> Tensor:
-    """The prior's centre and draws of it, one a row of `repeated`: `(K, T, d)`."""
-    drawn = torch.randn(len(repeated) - 1, tasks, dim, dtype=repeated.dtype)
-    return torch.cat([drawn.new_zeros(1, tasks, dim), drawn])
 
 
 class LaplaceGuide(TaskGuide):
@@ -260,41 +303,66 @@ class LaplaceGuide(TaskGuide):
     @classmethod
     def around(cls, theta: Tensor, *, starts: int = STARTS) -> LaplaceGuide:
         """Anchors spread over draws of θ `(S, d_theta)`, the first the one nearest to their mean."""
-        spread = torch.linspace(0, len(theta) - 1, ANCHORS).long()
-        anchors = torch.cat([most_typical(theta).unsqueeze(0), theta[spread]])
-        return cls(anchors, _unit(theta), starts=starts)
+        return cls(spread_out(theta, ANCHORS), _unit(theta), starts=starts)
 
     def attach(self, density: TaskDensity, tasks: Tasks) -> None:
         """Keeps the model."""
         self._density = density
 
     def prepare(self, batch: Batch, data: dict[str, Tensor]) -> Context:
-        """Finds the modes of a batch: their number at the first anchor, then each of them at all anchors."""
-        centre = self.anchors[:1].expand(self._starts + 1, -1)
-        starts = _starts(centre, len(batch.names), self._density.structure.task_size)
-        found, there = distinct_modes(curvature_of(self._density, data, centre), starts)
-        curvature = curvature_of(self._density, data, self.anchors)
-        followed = [find_modes(curvature, loc.expand(len(self.anchors), -1, -1)) for loc in found.loc]
-        evidence = torch.stack([torch.where(modes.converged, modes.log_evidence, NOWHERE) for modes in followed])
-        evidence = torch.where(there.unsqueeze(1), evidence, -math.inf)
-        summary = {
-            "loc": torch.stack([modes.loc for modes in followed]),
-            "factor": torch.stack([modes.factor for modes in followed]),
-            "log_share": evidence.log_softmax(0),
-            "modes": there.sum(0),
-        }
-        return Context(batch, data, summary)
+        """Finds the modes of a batch: from several starts at some anchors, and at all if there are several modes."""
+        begin = _starts(self.anchors, len(batch.names), self._density.structure.task_size, self._starts)
+        modes, there = self._searched(data, begin[:, :GROUP])
+        if len(there) == 1:
+            start = modes.loc[0, 0].expand(len(self.anchors), -1, -1)
+            modes = find_modes(curvature_of(self._density, data, self.anchors), start)
+            return Context(batch, data, {"loc": modes.loc.unsqueeze(0), "factor": modes.factor.unsqueeze(0)})
+        modes, there = self._searched(data, begin)
+        modes, there = self._searched(data, torch.cat([modes.loc, self._neighbours(modes.loc, there)]))
+        share = torch.where(modes.converged, modes.log_evidence, NOWHERE)
+        share = torch.where(there, share, -math.inf).log_softmax(0)
+        return Context(batch, data, {"loc": modes.loc, "factor": modes.factor, "log_share": share})
+
+    def _searched(self, data: dict[str, Tensor], begin: Tensor) -> tuple[Modes, Tensor]:
+        """Modes at the first anchors from starts `(K, A, T, d)`, in groups of one size: `(m, A, T, …)`."""
+        count = begin.shape[1]
+        found = []
+        for place in range(0, count, GROUP):
+            index = torch.arange(place, place + GROUP).clamp(max=count - 1)
+            found.append(modes_at(self._density, data, self.anchors[index], begin[:, index]))
+        most = max(len(there) for _, there in found)
+        columns = zip(*[(m.loc, m.factor, m.value, m.converged, there) for m, there in found], strict=True)
+        whole = [torch.cat([_padded(part, most) for part in parts], 1)[:, :count] for parts in columns]
+        return Modes(*whole[:4]), whole[4]
+
+    def _neighbours(self, loc: Tensor, there: Tensor) -> Tensor:
+        """For each anchor and task the modes `(m, A, T, d)` at the nearest anchor that has the most of them."""
+        distance = torch.cdist(self.anchors / self.scale, self.anchors / self.scale)
+        count = there.sum(0)
+        lacking = (count < count.amax(0)).to(loc.dtype)
+        source = (distance.unsqueeze(-1) + 1e9 * lacking).argmin(1)
+        return loc[:, source, torch.arange(loc.shape[2])]
+
+    def nearest(self, theta: Tensor) -> Tensor:
+        """The anchor nearest to each θ, `(S,)`."""
+        here, there = ((points - self.anchors[0]) / self.scale for points in (theta, self.anchors))
+        return torch.cdist(here, there).argmin(1)
 
     def condition(self, theta: Tensor, context: Context) -> TaskPosterior:
         """The Gaussians, or mixtures of them, one Newton step from the modes at the nearest anchor of each θ."""
         some, place = _different(theta)
-        here, there = ((points - self.anchors[0]) / self.scale for points in (some, self.anchors))
-        near = torch.cdist(here, there).argmin(1)
+        near = self.nearest(some)
         curvature = curvature_of(self._density, context.data, some)
-        loc, factor, log_share = (context.summary[name][:, near] for name in ("loc", "factor", "log_share"))
-        moved = [_stepped(curvature, *pair) for pair in zip(loc, factor, strict=True)]
+        summary = {name: value[:, near] for name, value in context.summary.items()}
+        moved = [_stepped(curvature, *pair) for pair in zip(summary["loc"], summary["factor"], strict=True)]
         parts = [GaussianTasks(one[place], two[place]) for one, two in moved]
-        return parts[0] if len(parts) == 1 else MixtureTasks(parts, log_share[:, place])
+        return MixtureTasks(parts, summary["log_share"][:, place]) if "log_share" in summary else parts[0]
+
+
+def _padded(part: Tensor, most: int) -> Tensor:
+    """Modes `(m, A, …)`, or which are there, filled up to `most` by copies of the first that are not there."""
+    extra = part[:1].expand(most - len(part), *part.shape[1:])
+    return torch.cat([part, torch.zeros_like(extra) if part.dtype == torch.bool else extra])
 
 
 def _different(theta: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from bayesmeta.inference import psis
 
 TARGET = 0.8
 """Acceptance that step sizes are tuned to."""
-LOWEST = 0.6
-"""Acceptance below which chains are not trusted."""
+LOWEST, HIGHEST = 0.6, 0.99
+"""Acceptance outside of which chains are not trusted: too high, and they stand still because their steps are tiny."""
 TUNING = 15
 ROUND = 10
 """Transitions between two looks at the chains."""
@@ -110,23 +110,26 @@ def tune(target: Target, chains: Chains, *, transitions: int = TUNING) -> None:
 
 
 def settle(target: Target, chains: Chains) -> np.ndarray:
-    """Moves chains until their acceptance is good and their moments stand still: for which tasks they do `(T,)`."""
+    """Moves chains until their acceptance is good and their moments stand still; says for which tasks: `(T,)`."""
     settled = torch.zeros(chains.noise.shape[1], dtype=torch.bool)
     for _ in range(MAX_ROUNDS):
         before, acceptance = chains.noise, torch.zeros_like(chains.step)
         for _ in range(ROUND):
             transition(target, chains)
             acceptance = acceptance + chains.acceptance / ROUND
-        settled = (acceptance > LOWEST) & _still(before, chains.noise)
+        settled = (acceptance > LOWEST) & (acceptance < HIGHEST) & _still(before, chains.noise)
         if bool(settled.all()):
             break
         chains.scale = spread(chains.noise)
-        chains.step = chains.step * torch.exp(0.7 * (acceptance - TARGET).clamp(max=0))
+        factor = torch.exp(0.7 * (acceptance - TARGET).clamp(max=0))
+        chains.step = chains.step * torch.where(acceptance < HIGHEST, factor, 2.0)
     return settled.numpy()
 
 
 def _still(before: Tensor, after: Tensor) -> Tensor:
     """Whether means and mean squares of `(S, T, d)` have not moved, `(T,)`."""
+    if len(before) == 1:
+        return torch.zeros(before.shape[1], dtype=torch.bool)
     still = torch.ones(before.shape[1], dtype=torch.bool)
     centre, unit = after.mean(0), after.std(0).clamp(min=1e-12)
     one, two = ((part - centre) / unit for part in (before, after))

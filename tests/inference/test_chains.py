@@ -1,0 +1,170 @@
+"""The last rung against known posteriors: one chain a θ for known tasks, pairs (θ, φ) for new ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conjugate import ROWS, TAU, conditional, exact, make_tasks, setting
+from one_dimensional import SQUARES, agrees, answer, density, guides, moments, theta_draws
+from one_dimensional import make_tasks as one_tasks
+from scipy.stats import gamma, norm
+
+from bayesmeta.data.batch import Batch
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import chains
+from bayesmeta.inference.chains import UNSETTLED, move_known, move_new
+from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.weighing import TaskDraws
+
+DRAWS = 3000
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def mu_draws() -> torch.Tensor:
+    mean, covariance = exact(ROWS)
+    even = norm.ppf((np.arange(DRAWS) + 0.5) / DRAWS)
+    draws = np.random.default_rng(1).permutation(mean[-1] + covariance[-1, -1] ** 0.5 * even)
+    return torch.as_tensor(draws).unsqueeze(1)
+
+
+def placed(parts: Any, count: int) -> list[tuple[TaskDraws, int]]:
+    found = {int(task): (drawn, column) for index, drawn in parts for column, task in enumerate(index)}
+    return [found[task] for task in range(count)]
+
+
+def test_known_tasks_given_each_theta() -> None:
+    """Draw s belongs to θ_s: what is left of it after the conditional mean is standard and uncorrelated with θ."""
+    read, learned, tasks = setting(ROWS)
+    theta = mu_draws()
+    parts = move_known(read, learned, theta, tasks, torch.randn(DRAWS, 5, 1, dtype=torch.float64))
+    mean, sd = conditional(ROWS, theta[:, 0].numpy())
+    for i, (drawn, column) in enumerate(placed(parts, 5)):
+        a = (drawn.theta[:, 0] + TAU * drawn.noise[:, column, 0]).numpy()
+        rest = (a - mean[:, i]) / sd[i]
+        assert agrees((float(rest.mean()), float(rest.std())), (0.0, 1.0), DRAWS)
+        assert abs(np.corrcoef(rest, theta[:, 0])[0, 1]) < 4 / math.sqrt(DRAWS)
+        assert drawn.joint and drawn.method[column] == "nuts" and drawn.flag[column] == ""
+        assert math.isnan(drawn.khat[column]) and torch.equal(drawn.theta, theta)
+
+
+def test_new_tasks_move_theta_too() -> None:
+    read, learned, _ = setting(ROWS)
+    rows = {"new": [4.0], "far": [4.5, 3.5, 4.0]}
+    parts = move_new(read, learned, mu_draws(), make_tasks(rows), torch.zeros(DRAWS, 2, dtype=torch.float64))
+    for (drawn, column), (name, y) in zip(placed(parts, 2), rows.items(), strict=True):
+        mean, covariance = exact(ROWS | {name: y})
+        a, mu = drawn.theta[:, 0] + TAU * drawn.noise[:, column, 0], drawn.theta[:, 0]
+        effective = DRAWS * drawn.ess[column] / 2
+        assert agrees((float(a.mean()), float(a.std())), (mean[-2], covariance[-2, -2] ** 0.5), effective)
+        assert agrees((float(mu.mean()), float(mu.std())), (mean[-1], covariance[-1, -1] ** 0.5), effective)
+        assert not agrees((exact(ROWS)[0][-1], 1.0), (mean[-1], 1.0), effective)
+        assert not drawn.joint and drawn.flag[column] == ""
+
+
+def test_weights_of_theta_come_first() -> None:
+    """The evidence of a task that is replaced is taken out before the new rows come in."""
+    from conjugate import evidence
+
+    read, learned, _ = setting(ROWS)
+    theta, now = mu_draws(), {"c": [-1.0, -0.5]}
+    weight = -torch.as_tensor(evidence({"c": ROWS["c"]}, theta[:, 0].numpy()))
+    ((drawn, column),) = placed(move_new(read, learned, theta, make_tasks(now), weight), 1)
+    mean, covariance = exact({name: y for name, y in ROWS.items() if name != "c"} | now)
+    a = drawn.theta[:, 0] + TAU * drawn.noise[:, column, 0]
+    right = (mean[-2], covariance[-2, -2] ** 0.5)
+    assert agrees((float(a.mean()), float(a.std())), right, DRAWS * drawn.ess[column] / 4)
+
+
+def test_two_modes_of_a_new_task() -> None:
+    theta = theta_draws("squares", SQUARES, DRAWS)
+    rows = {"n": [2.5, 2.2], "o": [3.0]}
+    parts = move_new(density("squares"), guides(), theta, one_tasks(rows), torch.zeros(DRAWS, 2, dtype=torch.float64))
+    for (drawn, column), (name, y) in zip(placed(parts, 2), rows.items(), strict=True):
+        right = answer("squares", SQUARES | {name: y}, y)
+        assert agrees(moments("squares", drawn, column), right, DRAWS * drawn.ess[column] / 4)
+
+
+def rates(batch: Batch) -> None:
+    """A gamma prior: whitened by its moments only, its noise is not standard normal."""
+    shape = pyro.sample("shape", dist.Gamma(4.0, 4.0))
+    with batch.tasks():
+        rate = pyro.sample("rate", dist.Gamma(shape, 0.5))
+        with batch.observations():
+            pyro.sample("y", dist.Poisson(rate), obs=batch.y)
+
+
+def test_a_prior_that_is_whitened_by_its_moments() -> None:
+    """At one θ the posterior is a gamma distribution, for known and new tasks alike."""
+    rows = {"a": [0.0, 1.0], "b": [4.0], "c": [0.0]}
+    tasks = one_tasks(rows)
+    read = TaskDensity(rates, tasks)
+    learned = Guides(guides().shared, guides().task, dict(read.learned.values))
+    theta = read.theta_of({"shape": 0.7}).expand(DRAWS, 1)
+    flat = torch.zeros(DRAWS, 3, dtype=torch.float64)
+    start = torch.randn(DRAWS, 3, 1, dtype=torch.float64)
+    for parts in (move_new(read, learned, theta, tasks, flat), move_known(read, learned, theta, tasks, start)):
+        for (drawn, column), (place, y) in zip(placed(parts, 3), enumerate(rows.values()), strict=True):
+            batch = tasks.batch([place])
+            rate = read.constrain.mapped(
+                theta, drawn.noise[:, column : column + 1], read.tensors(batch), {}, in_dims=(0, 0, None, None)
+            )["rate"][:, 0]
+            right = gamma(0.7 + sum(y), scale=1 / (0.5 + len(y)))
+            inside = np.array([right.cdf(float(v)) for v in rate])
+            assert drawn.flag[column] == ""
+            assert agrees((float(inside.mean()), float(inside.std())), (0.5, 12**-0.5), DRAWS * drawn.ess[column] / 3)
+
+
+def test_more_tasks_than_move_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of three sizes in chunks of two: each gets its own draws, padded places are dropped."""
+    monkeypatch.setattr(chains, "TOGETHER", 2)
+    rows = {f"t{i}": [float(i)] * (1 + 3 * (i % 3)) for i in range(7)}
+    read, learned, _ = setting(ROWS)
+    theta = mu_draws()[:500]
+    mean, sd = conditional(rows, theta[:, 0].numpy())
+    known = move_known(read, learned, theta, make_tasks(rows), torch.randn(500, 7, 1, dtype=torch.float64))
+    new = move_new(read, learned, theta * 0 + 1.0, make_tasks(rows), torch.zeros(500, 7, dtype=torch.float64))
+    alone, _ = conditional(rows, np.array(1.0))
+    for i in range(7):
+        drawn, column = placed(known, 7)[i]
+        a = (drawn.theta[:, 0] + drawn.noise[:, column, 0]).numpy()
+        assert abs((a - mean[:, i]).mean()) < 4 * sd[i] / math.sqrt(500)
+        drawn, column = placed(new, 7)[i]
+        a = (drawn.theta[:, 0] + drawn.noise[:, column, 0]).numpy()
+        assert abs(a.mean() - alone[i]) < 4 * 1.5 * sd[i] / math.sqrt(500)
+
+
+def test_big_data_move_in_smaller_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    real = chains.task_chunks
+
+    def watched(tasks: Tasks, *, limit: int, **options: Any) -> Any:
+        limits.append(limit)
+        return real(tasks, limit=limit, **options)
+
+    monkeypatch.setattr(chains, "task_chunks", watched)
+    read, learned, tasks = setting(ROWS)
+    for largest in (chains.LARGEST, 3000, 10):
+        monkeypatch.setattr(chains, "LARGEST", largest)
+        move_new(read, learned, mu_draws()[:50], tasks, torch.zeros(50, 5, dtype=torch.float64))
+    assert limits[0] == chains.TOGETHER > limits[1] > limits[2] == 1
+
+
+def test_too_few_theta_left_is_said() -> None:
+    """A task that contradicts nearly all draws of θ."""
+    read, learned, _ = setting(ROWS)
+    tasks = make_tasks({"x": [40.0] * 30})
+    ((drawn, column),) = placed(move_new(read, learned, mu_draws()[:300], tasks, torch.zeros(300, 1).double()), 1)
+    assert drawn.flag[column] == UNSETTLED and drawn.ess[column] < 0.1

@@ -1,0 +1,281 @@
+"""Each rung against quadrature over (θ, φ), what climbs and what does not, pairing across rungs, the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conjugate import ROWS, drawn_rows, exact, setting
+from conjugate import ExactGuide as Conjugate
+from conjugate import make_tasks as normal_tasks
+from one_dimensional import (
+    COUNTS,
+    SQUARES,
+    Missing,
+    agrees,
+    answer,
+    conditional,
+    density,
+    guides,
+    log_theta,
+    make_tasks,
+    moments,
+    phi_draws,
+    plugged_in,
+    theta_draws,
+)
+from torch import Tensor
+
+from bayesmeta.hierarchy.recording import seeded
+from bayesmeta.inference import ladder
+from bayesmeta.inference.gaussian import GaussianTasks
+from bayesmeta.inference.ladder import climb
+from bayesmeta.inference.protocols import Context
+from bayesmeta.inference.weighing import Parts, TaskDraws
+
+DRAWS = 4000
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def placed(parts: Parts, count: int) -> list[tuple[TaskDraws, int]]:
+    """The part and column of each task; every task is in one part."""
+    found = {int(task): (drawn, column) for index, drawn in parts for column, task in enumerate(index)}
+    assert sorted(found) == list(range(count)) and sum(len(index) for index, _ in parts) == count
+    return [found[task] for task in range(count)]
+
+
+def methods(parts: Parts, count: int) -> list[str]:
+    return [drawn.method[column] for drawn, column in placed(parts, count)]
+
+
+@pytest.mark.parametrize(("refine", "method"), [("auto", "laplace"), ("laplace", "laplace"), ("nuts", "nuts")])
+def test_known_tasks_that_the_guide_misses(refine: str, method: str) -> None:
+    """A guess of mu alone would be seen in one task at least, and so would the guide's own draws in all."""
+    theta = theta_draws("counts", COUNTS, DRAWS)
+    parts = climb(density("counts"), guides(), theta, make_tasks(COUNTS), known=True, refine=refine)
+    tell = 0
+    for (drawn, column), y in zip(placed(parts, 5), COUNTS.values(), strict=True):
+        assert drawn.flag[column] == "" and drawn.method[column] == method and drawn.joint
+        right = answer("counts", COUNTS, y)
+        assert agrees(moments("counts", drawn, column), right, DRAWS)
+        tell += not agrees(plugged_in("counts", COUNTS, y), right, DRAWS)
+    assert tell >= 4
+    unchecked = climb(density("counts"), guides(), theta, make_tasks(COUNTS), known=True, refine="none")
+    for (drawn, column), y in zip(placed(unchecked, 5), COUNTS.values(), strict=True):
+        assert drawn.flag[column].startswith("not checked")
+        assert not agrees(moments("counts", drawn, column), answer("counts", COUNTS, y), DRAWS)
+
+
+@pytest.mark.parametrize(("refine", "method"), [("auto", "laplace"), ("laplace", "laplace"), ("nuts", "nuts")])
+def test_new_tasks_that_the_guide_misses(refine: str, method: str) -> None:
+    new = {"n": [5.0, 3.0], "m": [0.0]}
+    theta = theta_draws("counts", COUNTS, DRAWS)
+    parts = climb(density("counts"), guides(), theta, make_tasks(new), known=False, refine=refine)
+    for (drawn, column), (name, y) in zip(placed(parts, 2), new.items(), strict=True):
+        assert drawn.flag[column] == "" and drawn.method[column] == method and not drawn.joint
+        right = answer("counts", COUNTS | {name: y}, y)
+        assert agrees(moments("counts", drawn, column), right, DRAWS * drawn.ess[column] / 2)
+        assert not agrees(plugged_in("counts", COUNTS, y), right, DRAWS * drawn.ess[column] / 2)
+
+
+@pytest.mark.parametrize("refine", ["none", "auto", "laplace", "nuts"])
+def test_a_replaced_task_on_every_rung(refine: str) -> None:
+    """With refine="none" the guide is weighed all the same, so it must be a fair one."""
+    now = {"e": [0.0] * 4}
+    rest = {name: y for name, y in COUNTS.items() if name != "e"}
+    wide = guides(Missing(-0.5, 1.0)) if refine == "none" else guides()
+    theta = theta_draws("counts", COUNTS, DRAWS)
+    old = make_tasks({"e": COUNTS["e"]})
+    parts = climb(density("counts"), wide, theta, make_tasks(now), known=False, refine=refine, replaced=old)
+    ((drawn, column),) = placed(parts, 1)
+    right = answer("counts", rest | now, now["e"])
+    assert drawn.flag[column] == ""
+    assert agrees(moments("counts", drawn, column), right, DRAWS * drawn.ess[column] / 4)
+    assert not agrees(answer("counts", COUNTS, now["e"]), right, DRAWS * drawn.ess[column] / 4)
+
+
+def test_gaussian_tasks_are_answered_in_closed_form() -> None:
+    model, learned, tasks = setting(ROWS)
+    learned.task = Conjugate(shift=-4.0, width=0.05)
+    mean, covariance = exact(ROWS)
+    theta = mean[-1] + covariance[-1, -1] ** 0.5 * torch.randn(DRAWS, 1, dtype=torch.float64)
+    parts = climb(model, learned, theta, tasks, known=True, refine="auto")
+    assert methods(parts, 5) == ["exact"] * 5
+    for i, (drawn, column) in enumerate(placed(parts, 5)):
+        assert drawn.khat[column] == 0 and drawn.flag[column] == ""
+        a = drawn.theta[:, 0] + drawn.noise[:, column, 0]
+        assert agrees((float(a.mean()), float(a.std())), (mean[i], covariance[i, i] ** 0.5), DRAWS / 2)
+
+
+class Chooser(Conjugate):
+    """Misses the tasks whose first label says so."""
+
+    def condition(self, theta: Tensor, context: Context) -> GaussianTasks:  # type: ignore[override]
+        precision = 1 + context.batch.n * (1.0 / 0.8) ** 2
+        sums = (context.batch.y * context.batch.mask).sum(-1) - context.batch.n * theta
+        bad = (context.batch.y[:, 0] > 2.4).to(theta.dtype)
+        loc = sums / 0.8**2 / precision - 5.0 * bad
+        factor = 20.0 * bad + precision.sqrt().expand(loc.shape)
+        return GaussianTasks(loc.unsqueeze(-1), factor[..., None, None])
+
+
+def test_only_what_fails_climbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 tasks: the closed form is asked for those that fail, the audit looks at a twentieth of the others."""
+    rows = drawn_rows(60, seed=5)
+    model, learned, tasks = setting(rows)
+    learned.task = Chooser()
+    failing = [i for i, y in enumerate(rows.values()) if y[0] > 2.4]
+    assert 3 <= len(failing) <= 25
+    asked: dict[str, list[int]] = {"mode_counts": [], "are_gaussian": []}
+    for name, sizes in asked.items():
+        real = getattr(ladder, name)
+
+        def counted(read: object, some: object, theta: Tensor, real: object = real, sizes: list[int] = sizes) -> object:
+            sizes.append(len(some))  # type: ignore[arg-type]
+            return real(read, some, theta)  # type: ignore[operator]
+
+        monkeypatch.setattr(ladder, name, counted)
+    theta = exact(rows)[0][-1] + 0.1 * torch.randn(400, 1, dtype=torch.float64)
+    parts = climb(model, learned, theta, tasks, known=True, refine="auto")
+    assert methods(parts, 60) == ["exact" if i in failing else "psis" for i in range(60)]
+    assert asked["are_gaussian"] == [len(failing)]
+    assert asked["mode_counts"] == [int(np.ceil(0.05 * (60 - len(failing))))]
+
+
+class OneMissed(Missing):
+    """Right for tasks of small counts, blind for the others."""
+
+    def condition(self, theta: Tensor, context: Context) -> GaussianTasks:
+        narrow = super().condition(theta, context)
+        good = (context.batch.y[:, 0] < 3).unsqueeze(-1)
+        loc = torch.where(good, -0.6 * torch.ones_like(narrow.loc), narrow.loc)
+        factor = torch.where(good.unsqueeze(-1), 0.9 * torch.ones_like(narrow.factor), narrow.factor)
+        return GaussianTasks(loc, factor)
+
+
+def test_draws_stay_paired_across_rungs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sd of the difference of two tasks, one left on the first rung and one taken up to the chains."""
+    monkeypatch.setattr(ladder._Climber, "laplace", lambda climber: climber_start(climber))
+    theta = theta_draws("counts", COUNTS, DRAWS)
+    parts = climb(density("counts"), guides(OneMissed()), theta, make_tasks(COUNTS), known=True, refine="auto")
+    assert methods(parts, 5) == ["psis", "nuts", "psis", "nuts", "psis"]
+    columns = []
+    for drawn, column in placed(parts, 5):
+        index = torch.as_tensor(drawn.index[:, column].copy())
+        np.testing.assert_array_equal(drawn.theta[index], theta)
+        columns.append(phi_draws("counts", drawn, column))
+    given = [conditional("counts", y) for y in COUNTS.values()]
+    weight = np.exp(log_theta("counts", COUNTS))
+    tell = 0
+    for i, j in ((0, 1), (2, 3), (4, 1)):
+        (m, v), (n, u) = given[i], given[j]
+        centre = weight @ (m - n)
+        sd = np.sqrt(weight @ (v + u + (m - n - centre) ** 2))
+        apart = np.hypot(columns[i].std(), columns[j].std())
+        error = 4 * sd / np.sqrt(DRAWS)
+        assert abs((columns[i] - columns[j]).std() - sd) < error
+        tell += error < apart - sd
+    assert tell >= 1
+
+
+def climber_start(climber: ladder._Climber) -> None:
+    """Weighs Laplace proposals, and trusts none of them."""
+    positions = climber.found.open
+    climber._weigh(climber._attached(ladder.LaplaceGuide.around(climber.theta)), positions)
+    climber.found.doubt(positions)
+
+
+class OneSide(Missing):
+    """Fits the positive mode and passes every gate: half of the posterior is not there."""
+
+    def condition(self, theta: Tensor, context: Context) -> GaussianTasks:
+        narrow = super().condition(theta, context)
+        root = ((context.batch.y * context.batch.mask).sum(-1) / context.batch.n).sqrt()
+        loc = (root - 0.15 - theta).unsqueeze(-1)
+        return GaussianTasks(loc, torch.full_like(narrow.factor, 6.0))
+
+
+def test_a_second_mode_in_accepted_tasks_sends_all_of_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prior's tenth of the proposals is taken away, so that k̂ is blind to the mode on the other side."""
+    monkeypatch.setattr("bayesmeta.inference.candidates.SHARES", {"guide": 0.7, "heavy": 0.2999999, "prior": 1e-7})
+    rows = {f"{name}{i}": y for i in range(4) for name, y in SQUARES.items()}
+    theta = theta_draws("squares", SQUARES, 1000)
+    left = guides(OneSide())
+    monkeypatch.setattr(ladder._Climber, "audit", lambda climber: None)
+    unaudited = climb(density("squares"), left, theta, make_tasks(rows), known=True, refine="auto")
+    accepted = methods(unaudited, 12).count("psis")
+    assert accepted >= 8
+    monkeypatch.undo()
+    monkeypatch.setattr("bayesmeta.inference.candidates.SHARES", {"guide": 0.7, "heavy": 0.2999999, "prior": 1e-7})
+    audited = climb(density("squares"), left, theta, make_tasks(rows), known=True, refine="auto")
+    assert methods(audited, 12).count("psis") == 0
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_two_modes_have_their_weights(known: bool) -> None:
+    theta = theta_draws("squares", SQUARES, DRAWS)
+    rows = SQUARES if known else {"n": [2.5, 2.2]}
+    parts = climb(density("squares"), guides(), theta, make_tasks(rows), known=known, refine="auto")
+    for (drawn, column), (name, y) in zip(placed(parts, len(rows)), rows.items(), strict=True):
+        right = answer("squares", SQUARES if known else SQUARES | {name: y}, y)
+        assert drawn.flag[column] == "" and agrees(
+            moments("squares", drawn, column), right, DRAWS * drawn.ess[column] / 2
+        )
+
+
+def test_chains_say_that_they_cannot_weigh_modes() -> None:
+    theta = theta_draws("squares", SQUARES, 200)
+    parts = climb(density("squares"), guides(), theta, make_tasks(SQUARES), known=True, refine="nuts")
+    assert all("several modes" in drawn.flag[column] for drawn, column in placed(parts, 3))
+
+
+def test_a_plug_in_theta_and_a_single_draw() -> None:
+    """All draws of θ equal: the posterior at that θ; one draw: an answer, judged or flagged, without a crash."""
+    theta = torch.full((1000, 1), 0.4, dtype=torch.float64)
+    parts = climb(density("counts"), guides(), theta, make_tasks(COUNTS), known=False, refine="auto")
+    place = int(np.abs(np.linspace(-7, 7, 561) - 0.4).argmin())
+    for (drawn, column), y in zip(placed(parts, 5), COUNTS.values(), strict=True):
+        mean, variance = conditional("counts", y)
+        assert agrees(
+            moments("counts", drawn, column), (mean[place], variance[place] ** 0.5), 1000 * drawn.ess[column] / 2
+        )
+    for known in (True, False):
+        for refine in ("auto", "nuts"):
+            parts = climb(density("counts"), guides(), theta[:1], make_tasks(COUNTS), known=known, refine=refine)
+            assert all(bool(torch.isfinite(drawn.noise).all()) for drawn, _ in placed(parts, 5))
+
+
+@pytest.mark.parametrize("refine", ["auto", "nuts"])
+def test_same_seed_same_draws(refine: str, capfd: pytest.CaptureFixture[str]) -> None:
+    theta = theta_draws("counts", COUNTS, 100)
+    before = torch.get_rng_state()
+    found = []
+    for _ in range(2):
+        with seeded(3):
+            parts = climb(density("counts"), guides(), theta, make_tasks(COUNTS), known=False, refine=refine)
+        found.append([drawn.noise[:, column].numpy() for drawn, column in placed(parts, 5)])
+    np.testing.assert_array_equal(*found)
+    assert torch.equal(before, torch.get_rng_state()) and capfd.readouterr() == ("", "")
+
+
+def test_found_draws_are_owned_by_the_last_rung_alone() -> None:
+    theta = theta_draws("counts", COUNTS, 50)
+    tasks = normal_tasks({"x": [1.0], "y": [2.0], "z": [0.5]})
+    model, learned, _ = setting(ROWS)
+    parts = climb(model, learned, theta, tasks, known=True, refine="none")
+    found = ladder._Found(3)
+    found.put(parts, np.array([2, 0, 1]))
+    assert found.open.tolist() == [0, 1, 2] and found.accepted.tolist() == []
+    parts[0][1].flag = [""] * 3
+    found.put([(np.array([0]), parts[0][1].of(np.array([True, False, False])))], np.array([1]))
+    assert found.accepted.tolist() == [1] and found.open.tolist() == [0, 2]
+    assert sorted(int(i) for index, _ in found.parts() for i in index) == [0, 1, 2]
+    found.doubt(np.array([1]))
+    assert found.open.tolist() == [0, 1, 2]

@@ -1,0 +1,231 @@
+"""Newton's steps against scipy's optimum, modes that are there and modes that are not, and mixtures as proposals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from one_dimensional import COUNTS, SQUARES, conditional, density, guides, make_tasks, moments, theta_draws
+from scenarios import make_tasks as mixed_tasks
+from scenarios import supports
+from scipy.integrate import quad
+from torch import Tensor
+
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.derivatives import curvature
+from bayesmeta.inference.laplace import (
+    ANCHORS,
+    LaplaceGuide,
+    MixtureTasks,
+    distinct_modes,
+    find_modes,
+    mode_counts,
+    modes_at,
+    most_typical,
+    spread_out,
+)
+from bayesmeta.inference.weighing import weigh_known
+
+FAR = (-15.0, -6.0, 0.0, 3.0, 12.0)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def design() -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs `(5, 12, 3)`, labels 0/1 and counts `(5, 12)` of five tasks."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5, 12, 3, generator=generator, dtype=torch.float64)
+    binary = (torch.rand(5, 12, generator=generator) < 0.5).double()
+    return x, binary, torch.poisson(torch.full((5, 12), 3.0, dtype=torch.float64), generator=generator)
+
+
+def joint(kind: str) -> object:
+    x, binary, counts = design()
+
+    def log_joint(z: Tensor) -> Tensor:
+        linear = (x @ z.unsqueeze(-1)).squeeze(-1)
+        rows = {
+            "logistic": lambda: binary * linear - torch.nn.functional.softplus(linear),
+            "poisson": lambda: counts * linear - linear.exp(),
+            "student": lambda: -2.5 * torch.log1p((counts - linear).square() / 4),
+        }[kind]()
+        return rows.sum(-1) - 0.5 * z.square().sum(-1)
+
+    return log_joint
+
+
+def curved(function: object) -> object:
+    return lambda z: tuple(part.detach() for part in curvature(function, 0, z))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["logistic", "poisson", "student"])
+def test_newton_arrives_from_far_away(kind: str) -> None:
+    """At the end the gradient vanishes and the curvature is that of the log joint."""
+    starts = torch.tensor(FAR, dtype=torch.float64)[:, None, None].expand(-1, 5, 3)
+    found = find_modes(curved(joint(kind)), starts)  # type: ignore[arg-type]
+    assert bool(found.converged.all())
+    value, gradient, hessian = curved(joint(kind))(found.loc)  # type: ignore[operator]
+    white = torch.linalg.solve_triangular(found.factor, gradient.unsqueeze(-1), upper=False)
+    assert float(white.abs().max()) < 1e-6
+    torch.testing.assert_close(found.factor @ found.factor.mT, -hessian)
+    torch.testing.assert_close(found.value, value)
+    if kind != "student":
+        torch.testing.assert_close(found.loc, found.loc[:1].expand_as(found.loc), atol=1e-6, rtol=0)
+
+
+def test_what_has_not_arrived_says_so() -> None:
+    starts = torch.full((1, 5, 3), 25.0, dtype=torch.float64)
+    short = find_modes(curved(joint("poisson")), starts, steps=3)  # type: ignore[arg-type]
+    _, gradient, _ = curved(joint("poisson"))(short.loc)  # type: ignore[operator]
+    assert float(gradient.abs().max()) > 1 and not bool(short.converged.any())
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        lambda z: z.sum(-1),  # no mode
+        lambda z: -z.abs().sum(-1).sqrt(),  # a cusp
+        lambda z: torch.where(z.sum(-1) > 5, -math.inf, z.sum(-1)),  # ends at a wall
+        lambda z: (z - 1).sum(-1).log(),  # not a number at the start
+        lambda z: -0.5 * z.square().sum(-1) + math.nan,
+    ],
+)
+def test_where_there_is_no_mode_none_is_reported(endless: object) -> None:
+    found = find_modes(curved(endless), torch.zeros(1, 2, 2, dtype=torch.float64))  # type: ignore[arg-type]
+    assert not bool(found.converged.any()) and bool(torch.isfinite(found.loc).all())
+    assert bool(torch.isfinite(torch.linalg.inv(found.factor)).all())
+
+
+def test_a_saddle_is_left() -> None:
+    found = find_modes(curved(lambda z: -(z.square() - 1).square().sum(-1)), torch.full((1, 1, 2), 1e-3).double())  # type: ignore[arg-type]
+    torch.testing.assert_close(found.loc.abs(), torch.ones(1, 1, 2, dtype=torch.float64))
+
+
+def test_single_precision_arrives_too() -> None:
+    bend = torch.tensor([1.0, 1e4])
+    found = find_modes(
+        curved(lambda z: -(bend * (z - 3).square()).sum(-1) - 1e4),  # type: ignore[arg-type]
+        torch.full((1, 1, 2), -8.0),
+    )
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.loc, torch.full((1, 1, 2), 3.0), atol=1e-2, rtol=0)
+
+
+def bumps(places: list[float], heights: list[float]) -> object:
+    centre, height = torch.tensor(places, dtype=torch.float64), torch.tensor(heights, dtype=torch.float64)
+    return lambda z: (height.log() - 0.5 * ((z - centre) / 0.3).square()).logsumexp(-1)
+
+
+def test_modes_that_differ_are_kept_and_equal_ones_merged() -> None:
+    starts = torch.tensor([-2.2, -1.9, 0.1, 2.1, 1.8, 2.0], dtype=torch.float64)[:, None, None].expand(-1, 2, 1)
+    function = bumps([-2.0, 2.0, 0.0], [1.0, 3.0, 1e-6])
+    found, there = distinct_modes(curved(function), starts)  # type: ignore[arg-type]
+    assert there.tolist() == [[True, True]] * 2
+    np.testing.assert_allclose(found.loc[:, 0, 0], [2.0, -2.0], atol=1e-6)
+    one, only = distinct_modes(curved(bumps([0.0], [1.0])), starts)  # type: ignore[arg-type]
+    assert only.tolist() == [[True, True]] and abs(float(one.loc[0, 0, 0])) < 1e-6
+
+
+def test_counts_of_modes() -> None:
+    """Squares have two modes at mu = 0, counts one; a task without a bend at 0 has one again."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert mode_counts(density("squares"), make_tasks(SQUARES), zero).tolist() == [2, 2, 2]
+    assert mode_counts(density("squares"), make_tasks({"x": [0.0, 0.1], "y": [2.5]}), zero).tolist() == [1, 2]
+    assert mode_counts(density("counts"), make_tasks(COUNTS), zero).tolist() == [1] * 5
+
+
+def test_a_mode_is_handed_from_anchor_to_anchor() -> None:
+    """Without further starts only the anchors on one side would see the other mode; its evidence is right at each."""
+    theta = theta_draws("squares", SQUARES, 500)
+    guide = LaplaceGuide.around(theta, starts=3)
+    guide.attach(density("squares"), make_tasks(SQUARES))
+    batch = make_tasks(SQUARES).batch([0, 1, 2])
+    context = guide.prepare(batch, density("squares").tensors(batch))
+    share = context.summary["log_share"]
+    near = guide.anchors[:, 0].abs() < 0.8
+    assert share.shape[0] == 2 and bool((share[:, near] > -math.inf).all())
+    for at in np.flatnonzero(near.numpy())[::5]:
+        mu = float(guide.anchors[at, 0])
+        sides = [
+            quad(lambda z, mu=mu: math.exp(log_square(mu, z)), a, b, points=[-mu - 0.15 + s])[0]
+            for a, b, s in ((-9.0, -mu - 0.15, -1.5), (-mu - 0.15, 9.0, 1.5))
+        ]
+        positive = context.summary["loc"][:, at, 0, 0] > -mu - 0.15
+        found = share[:, at, 0].exp()[positive].sum()
+        assert abs(float(found) - sides[1] / sum(sides)) < 0.03
+
+
+def log_square(mu: float, z: float) -> float:
+    rows = [(y - (mu + z + 0.15) ** 2) / 0.6 for y in SQUARES["p"]]
+    return -0.5 * z * z - 0.5 * sum(r * r for r in rows)
+
+
+def test_weights_of_two_modes_at_one_theta() -> None:
+    """Proposals from the mixture, weighed, give both modes their share; from one of them they would not."""
+    mu = float(np.linspace(-7, 7, 561)[300])
+    theta = torch.full((4000, 1), mu, dtype=torch.float64)
+    guide = LaplaceGuide.around(theta)
+    guide.attach(density("squares"), make_tasks(SQUARES))
+    drawn = weigh_known(density("squares"), guides(guide), theta, make_tasks(SQUARES))
+    for place, y in enumerate(SQUARES.values()):
+        mean, variance = (part[300] for part in conditional("squares", y))
+        found = moments("squares", drawn, place)
+        assert abs(found[0] - mean) < 4 * math.sqrt(variance / 4000) and drawn.flag[place] == ""
+        assert drawn.khat[place] < 0.7 and drawn.ess[place] > 0.5
+
+
+def test_a_mixture_is_a_density_and_its_draws_follow_it() -> None:
+    from bayesmeta.inference.gaussian import GaussianTasks
+
+    shape = (20_000, 1, 1)
+    parts = [
+        GaussianTasks(torch.full(shape, m).double(), torch.full((*shape, 1), s).double()) for m, s in ((-3, 2), (1, 1))
+    ]
+    share = torch.tensor([0.3, 0.7], dtype=torch.float64).log()[:, None, None].expand(2, 20_000, 1)
+    mixture = MixtureTasks(parts, share)
+    for heavy in (False, True):
+        grid = torch.linspace(-60, 60, 20_000, dtype=torch.float64)[:, None, None]
+        assert float(mixture.log_prob(grid, heavy=heavy).exp().sum() * 120 / 19_999) == pytest.approx(1, abs=2e-3)
+        draws = mixture.sample(heavy=heavy)
+        left = float((draws < -1.5).double().mean())
+        right = (
+            float((mixture.log_prob(grid, heavy=heavy).exp()[:, 0] * (grid[:, 0, 0] < -1.5).double()).sum())
+            * 120
+            / 19_999
+        )
+        assert abs(left - right) < 4 * math.sqrt(0.25 / 20_000)
+
+
+def test_anchors_leave_no_draw_far_away() -> None:
+    theta = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    anchors = spread_out(theta, ANCHORS)
+    assert anchors.shape == (ANCHORS, 2) and torch.equal(anchors[0], most_typical(theta))
+    even = theta[torch.linspace(0, 999, ANCHORS).long()]
+    reach = [float(torch.cdist(theta, some).amin(1).max()) for some in (anchors, even)]
+    assert reach[0] < 0.75 * reach[1]
+    assert spread_out(theta[:3], ANCHORS).unique(dim=0).shape == (3, 2)
+    assert spread_out(torch.ones(100, 2), ANCHORS).eq(1).all() and spread_out(torch.ones(100, 0), ANCHORS).shape[1] == 0
+
+
+def test_nearness_does_not_depend_on_where_zero_is() -> None:
+    """θ a million sds from 0: each draw still takes the anchor at its side."""
+    anchors = torch.linspace(-1, 1, 30, dtype=torch.float64)[:, None] * 1e-3
+    guide = LaplaceGuide(anchors + 1e6, torch.tensor([1e-3], dtype=torch.float64))
+    assert guide.nearest(anchors + 1e6).tolist() == list(range(30))
+
+
+def test_modes_of_a_model_with_every_kind_of_support() -> None:
+    """Ten parameters, five of them with approximate whitening: found from every start, at every θ alike."""
+    tasks = mixed_tasks()[np.array([0, 1, 3])]
+    read = TaskDensity(supports, tasks)
+    theta = 0.2 * torch.randn(2, read.structure.shared_size, dtype=torch.float64)
+    begin = torch.randn(3, 2, 3, read.structure.task_size, dtype=torch.float64)
+    found, there = modes_at(read, read.tensors(tasks.batch([0, 1, 2])), theta, begin)
+    assert bool(found.converged[0].all()) and bool(there[0].all())
