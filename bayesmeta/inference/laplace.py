@@ -367,6 +367,8 @@ def _padded(part: Tensor, most: int) -> Tensor:
 
 def _different(theta: Tensor) -> tuple[Tensor, Tensor]:
     """Draws of θ without repetitions, filled up to a power of two, and where each draw is among them."""
+    if theta.shape[1] == 0:
+        return theta[:1], torch.zeros(len(theta), dtype=torch.long)
     some, place = theta.unique_consecutive(dim=0, return_inverse=True)
     missing = 2 ** math.ceil(math.log2(len(some))) - len(some)
     return torch.cat([some, some[-1:].expand(missing, -1)]), place
