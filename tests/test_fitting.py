@@ -453,3 +453,14 @@ def test_single_precision_travels(tasks: bm.Tasks, tmp_path: Path) -> None:
     fit.save(tmp_path / "fit.bm", data=False)
     loaded = bm.load(tmp_path / "fit.bm", centre)
     assert np.array_equal(loaded.posterior(tasks)["a"], fit.posterior(tasks)["a"])
+
+
+def test_a_few_draws_are_some_of_enough(tmp_path: pathlib.Path) -> None:
+    """Two draws are judged by the weights of more: nothing climbs, and the moments are those of all candidates."""
+    from conjugate import ROWS, fitted
+
+    fit = fitted(ROWS)
+    few, many = (fit.posterior(fit.tasks, draws=draws, seed=3) for draws in (2, 1000))
+    assert few.draws("a").shape == (2, 5) and few.shared["mu"].shape == (2,)
+    assert set(few.method) == {"psis"} and set(few.flag) == {""}
+    assert np.abs(few.mean("a") - many.mean("a")).max() < 4 * many.sd("a").max() / 200**0.5

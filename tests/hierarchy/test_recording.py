@@ -222,3 +222,42 @@ def test_flattening_agrees_with_pytree() -> None:
         leaves, _ = recording._flatten(args)
         expected = torch.utils._pytree.tree_leaves(args)
         assert [id(leaf) for leaf in leaves] == [id(leaf) for leaf in expected]
+
+
+def test_derivatives_do_not_depend_on_strides() -> None:
+    """Recorded at dense tensors, called with expanded and transposed ones, and the other way round."""
+
+    def reshaped(theta: Tensor, noise: Tensor) -> Tensor:
+        return (theta.view(-1)[0] * noise.view(2, -1).reshape(noise.shape).sin()).sum(-1)
+
+    theta = torch.randn(4, 1, dtype=torch.float64)
+    dense = torch.randn(4, 3, 2, dtype=torch.float64)
+    loose = dense.mT.contiguous().mT
+    for first, second in ((dense, loose), (loose, dense)):
+        for call in ("gradient", "curvature"):
+            recorded = Recorded(reshaped)
+            options = {"in_dims": (0, 0)} | ({"wrt": (1,)} if call == "gradient" else {})
+            for theta_now in (theta, theta[:1].expand(4, 1)):
+                found = [
+                    pytree_leaves(getattr(recorded, call)(theta_now, point, **options)) for point in (first, second)
+                ]
+                for one, two in zip(*found, strict=True):
+                    torch.testing.assert_close(one, two)
+
+
+def pytree_leaves(value: Any) -> list[Tensor]:
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def test_mapping_a_gamma_prints_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its draws are clamped in place, beside a Dirichlet's, which keeps the graph from being functional."""
+
+    def draw(theta: Tensor) -> Tensor:
+        beside = pyro.distributions.Dirichlet(torch.ones(2, dtype=torch.float64)).sample()
+        return pyro.distributions.Gamma(theta.exp(), 1.0).rsample() + 0 * beside.sum()
+
+    recorded = Recorded(draw, random=True, vary=1)
+    with seeded(0), torch.no_grad():
+        found = recorded.mapped(torch.zeros(4000, 2, dtype=torch.float64), in_dims=(0,))
+    assert capfd.readouterr() == ("", "")
+    assert bool((found > 0).all()) and abs(float(found.mean()) - 1) < 4 / 8000**0.5

@@ -81,3 +81,19 @@ def test_groups_of_like_size_cost_least() -> None:
         ]
         assert cost(groups, sizes, draws) == min(cost(g, sizes, draws) for g in every)
     assert len(like_sizes(sizes, draws=1)) == 1 < len(like_sizes(sizes, draws=1000))
+
+
+def test_rounded_chunks_have_few_shapes_and_every_row() -> None:
+    """Whatever the number of tasks and their sizes, numbers of tasks and rows are powers of two, within the limit."""
+    shapes = set()
+    for count in range(1, 24):
+        tasks = Tasks.from_arrays(None, [np.arange(1 + (7 * i) % 13, dtype=float) for i in range(count)])
+        seen = []
+        for chunk in task_chunks(tasks, exact_size=False, limit=8, rounded=True):
+            shapes.add(tuple(chunk.batch.mask.shape))
+            seen += chunk.index.tolist()
+            assert chunk.batch.n[: len(chunk.index)].tolist() == tasks.sizes[chunk.index].tolist()
+        assert sorted(seen) == list(range(count))
+    assert shapes <= {(t, n) for t in (1, 2, 4, 8) for n in (1, 2, 4, 8, 16)}
+    exact = [c.batch.mask.shape[1] for c in task_chunks(tasks, exact_size=True, rounded=True)]
+    assert sorted(set(exact)) == sorted(set(tasks.sizes.tolist()))

@@ -212,3 +212,12 @@ def test_unchecked_draws_are_the_guides_and_say_so() -> None:
         assert drawn.method[0] == "amortized" and drawn.flag[0] == "not checked (refine='none')"
         assert np.isnan(drawn.khat).all()
     assert old.joint and not new.joint
+
+
+def test_thinned_draws_keep_the_candidates_and_their_pairing() -> None:
+    drawn, _ = known(draws=100)
+    fewer = drawn.thinned(7)
+    assert fewer.index.shape == (7, 5) and fewer.theta is drawn.theta and fewer.log_weight is drawn.log_weight
+    np.testing.assert_array_equal(fewer.index, drawn.index[[0, 14, 28, 42, 57, 71, 85]])
+    a, mu = chosen(fewer)
+    assert a.shape == (7, 5) and (mu == mu[:, :1]).all()
