@@ -212,10 +212,6 @@ def sample(
     return _judged(found, stats)
 
 
-def _signed(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.int64) if values.dtype.kind == "u" else values
-
-
 def _judged(draws: np.ndarray, stats: dict[str, np.ndarray]) -> Drawn:
     """Adds R-hat and effective sample sizes, and warns where they are bad."""
     values = torch.as_tensor(draws)
