@@ -206,9 +206,8 @@ def sample(
             f"sampling has failed: {error}; check that the density is finite where the prior is"
         ) from error
     found = view(np.asarray(trace.posterior["position"]))
-    stats = {
-        name: _signed(np.asarray(trace.sample_stats[key])) for key, name in STATS.items() if key in trace.sample_stats
-    }
+    kept = {name: np.asarray(trace.sample_stats[key]) for key, name in STATS.items() if key in trace.sample_stats}
+    stats = {name: values.astype(np.int64) if values.dtype.kind == "u" else values for name, values in kept.items()}
     return _judged(found, stats)
 
 
