@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.hierarchy.derivatives import record
+from bayesmeta.hierarchy.derivatives import record_split
 from bayesmeta.inference.chunks import like_sizes
 
 PIECE_DRAWS = 16
@@ -96,6 +96,9 @@ class Collected:
     def compiled(self, function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
         """Compiles `function(*arguments, *data, *values)`; the result takes the arguments and the learned values."""
         data, values = self.data, [value.detach() for value in self.values.values()]
-        compiled = record(function, [*arguments, *data, *values], compiled=True)
-        width = len(arguments)
-        return lambda *given: compiled(*given[:width], *data, *given[width:])
+        width, count = len(arguments), len(values)
+
+        def ordered(*given: Tensor) -> Any:
+            return function(*given[:width], *given[width + count :], *given[width : width + count])
+
+        return record_split(ordered, [*arguments, *values], data)
