@@ -33,7 +33,6 @@ _SHAPED = {
     aten._unsafe_view.default,
     aten.reshape.default,
     aten.expand.default,
-    aten.permute.default,
     aten.slice.Tensor,
     aten._to_copy.default,
 }
@@ -136,9 +135,16 @@ def _same(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if node.target in _UNDONE and isinstance(node.args[0], fx.Node) and node.args[0].target in _UNDONE:
         before: Any = node.args[0].args[0]
         return before if alike(example(node), example(before)) else None
+    if node.target is aten.permute.default:
+        return node.args[0] if _in_order(node.args[1]) else None  # type: ignore[return-value]
     if node.target in _SHAPED and alike(example(node), example(node.args[0])):
         return node.args[0]  # type: ignore[return-value]
     return None
+
+
+def _in_order(dims: Any) -> bool:
+    """Whether a permutation moves nothing; of a square tensor the shape does not tell."""
+    return [d % len(dims) for d in dims] == list(range(len(dims)))
 
 
 def _neutral(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

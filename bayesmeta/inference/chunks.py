@@ -83,16 +83,19 @@ def theta_chunks(theta: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
 
 def like_sizes(sizes: np.ndarray, *, draws: int) -> list[np.ndarray]:
     """Cuts tasks `(T,)` into groups of like size so that padding and the number of groups cost least together."""
+    sizes = np.asarray(sizes)
     order = np.argsort(sizes, kind="stable")
-    widest = np.maximum(np.asarray(sizes)[order], 1)
-    cost = np.zeros(len(order) + 1)
-    start = np.zeros(len(order) + 1, dtype=int)
-    for end in range(1, len(order) + 1):
-        choices = cost[:end] + PIECE_ELEMENTS + draws * widest[end - 1] * (end - np.arange(end))
+    distinct, first = np.unique(sizes[order], return_index=True)
+    ends = np.append(first, len(order))
+    widest = np.maximum(distinct, 1)
+    cost = np.zeros(len(ends))
+    start = np.zeros(len(ends), dtype=int)
+    for end in range(1, len(ends)):
+        choices = cost[:end] + PIECE_ELEMENTS + draws * widest[end - 1] * (ends[end] - ends[:end])
         start[end] = int(choices.argmin())
         cost[end] = choices[start[end]]
-    groups, end = [], len(order)
+    groups, end = [], len(distinct)
     while end:
-        groups.append(np.sort(order[start[end] : end]))
+        groups.append(np.sort(order[ends[start[end]] : ends[end]]))
         end = start[end]
     return groups[::-1]

@@ -1,11 +1,15 @@
 """All tasks of a fit as one compiled function of θ: what samplers and optimisers call thousands of times.
 
 The tasks are cut into pieces of like size; their graphs and the prior of θ are recorded together, with the data as
-inputs, so that one compilation serves all data of the same sizes.
+inputs, so that one compilation serves all data of the same sizes. Many tasks are cut into blocks of one shape that are
+called one after another: what is computed of a block stays in the cache.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.hierarchy.derivatives import record_split
+from bayesmeta.hierarchy.derivatives import compile_graph
+from bayesmeta.hierarchy.hoisting import hoist
+from bayesmeta.hierarchy.simplify import simplify
 from bayesmeta.inference.chunks import like_sizes
+
+logger = logging.getLogger("bayesmeta")
 
 PIECE_DRAWS = 16
 """How often the rows of a task are evaluated, relative to what one more piece costs: few pieces compile quickly."""
+BLOCK_ELEMENTS = 2**20
+"""Rows × tasks × points a task that are evaluated at once."""
 
 PieceFunction = Callable[..., Any]
 """`(graph, theta, noise (T', d), leaves) -> (T',)`."""
@@ -35,56 +46,30 @@ class Piece:
     leaves: tuple[Tensor, ...]
 
 
-class Collected:
-    """All tasks of a fit, in pieces.
+@dataclass(frozen=True)
+class Block:
+    """Pieces that are evaluated together."""
 
-    Args:
-        density: The model.
-        tasks: The tasks.
-
-    Attributes:
-        pieces: The tasks in groups of like size.
-        order: Position of each task when the pieces follow each other `(T,)`.
-    """
-
-    def __init__(self, density: TaskDensity, tasks: Tasks) -> None:
-        self.density, self.count = density, len(tasks)
-        self.values = dict(density.learned.values)
-        sizes = np.asarray(tasks.sizes)
-        exact = density.structure.exact_size
-        equal = [np.flatnonzero(sizes == n) for n in np.unique(sizes)]
-        groups = equal if exact else like_sizes(sizes, draws=PIECE_DRAWS)
-        theta = density.initial_theta()
-        self.pieces = [self._piece(tasks, index, theta) for index in groups]
-        self.order = torch.as_tensor(np.concatenate(groups)).argsort()
-        first = groups[0]
-        self._prior = self._joint(tasks, first[:1], theta)
-
-    def _piece(self, tasks: Tasks, index: np.ndarray, theta: Tensor) -> Piece:
-        data = self.density.tensors(tasks.batch(index))
-        noise = theta.new_zeros(len(index), self.density.structure.task_size)
-        graph = self.density.log_task.graph(theta, noise, data, self.values)
-        return Piece(index, graph, tuple(data.values()))
-
-    def _joint(self, tasks: Tasks, index: np.ndarray, theta: Tensor) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-        data = self.density.tensors(tasks.batch(index))
-        noise = theta.new_zeros(len(index), self.density.structure.task_size)
-        return self.density.log_joint.graph(theta, noise, data, self.values), tuple(data.values())
+    pieces: tuple[Piece, ...]
 
     @property
-    def data(self) -> list[Tensor]:
+    def count(self) -> int:
+        """How many tasks there are."""
+        return sum(len(piece.index) for piece in self.pieces)
+
+    @property
+    def leaves(self) -> list[Tensor]:
         """The data of all pieces."""
         return [leaf for piece in self.pieces for leaf in piece.leaves]
 
-    def log_prior(self, theta: Tensor, values: Sequence[Tensor]) -> Tensor:
-        """Log prior of θ `(d_theta,)` with its Jacobian."""
-        graph, leaves = self._prior
-        noise = theta.new_zeros(1, self.density.structure.task_size)
-        return graph(theta, noise, *leaves, *values)[1]  # type: ignore[no-any-return]
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Blocks of the same shape share what is compiled."""
+        return tuple((id(p.graph), *((leaf.shape, leaf.dtype) for leaf in p.leaves)) for p in self.pieces)
 
     def by_piece(self, function: PieceFunction, theta: Tensor, noise: Tensor, leaves: Sequence[Tensor]) -> list[Any]:
-        """`function` of each piece; noise `(T, d)` is in the order of the pieces."""
-        values = leaves[len(leaves) - len(self.values) :]
+        """`function` of each piece; noise `(T', d)` follows the pieces, `leaves` are their data and learned values."""
+        values = leaves[sum(len(piece.leaves) for piece in self.pieces) :]
         found, start, row = [], 0, 0
         for piece in self.pieces:
             width = len(piece.leaves)
@@ -93,12 +78,145 @@ class Collected:
             start, row = start + width, row + len(piece.index)
         return found
 
-    def compiled(self, function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
-        """Compiles `function(*arguments, *data, *values)`; the result takes the arguments and the learned values."""
-        data, values = self.data, [value.detach() for value in self.values.values()]
-        width, count = len(arguments), len(values)
 
-        def ordered(*given: Tensor) -> Any:
-            return function(*given[:width], *given[width + count :], *given[width : width + count])
+class Collected:
+    """All tasks of a fit, in blocks.
 
-        return record_split(ordered, [*arguments, *values], data)
+    Args:
+        density: The model.
+        tasks: The tasks.
+        points: At how many points the density of each task is evaluated at once.
+
+    Attributes:
+        blocks: The tasks, few of them in one block.
+        order: Position of each task when the pieces of all blocks follow each other `(T,)`.
+        values: The learned values that the model starts with.
+    """
+
+    def __init__(self, density: TaskDensity, tasks: Tasks, *, points: int = 1) -> None:
+        self.density, self.count = density, len(tasks)
+        self.values = dict(density.learned.values)
+        sizes = np.asarray(tasks.sizes)
+        groups = _groups(sizes, points, exact=density.structure.exact_size)
+        self._theta = density.initial_theta()
+        self.blocks = [Block(tuple(self._piece(tasks, index) for index in block)) for block in groups]
+        self.order = torch.as_tensor(np.concatenate(list(itertools.chain(*groups)))).argsort()
+        self._prior = self._joint(tasks[groups[0][0][:1]])
+
+    def _piece(self, tasks: Tasks, index: np.ndarray) -> Piece:
+        data = self.density.tensors(tasks.batch(index))
+        noise = self._theta.new_zeros(len(index), self.density.structure.task_size)
+        graph = self.density.log_task.graph(self._theta, noise, data, self.values)
+        return Piece(index, graph, tuple(data.values()))
+
+    def _joint(self, task: Tasks) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+        data = self.density.tensors(task.batch([0]))
+        noise = self._theta.new_zeros(1, self.density.structure.task_size)
+        return self.density.log_joint.graph(self._theta, noise, data, self.values), tuple(data.values())
+
+    def log_prior(self, theta: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """Log prior of θ `(d_theta,)` with its Jacobian."""
+        graph, leaves = self._prior
+        noise = theta.new_zeros(1, self.density.structure.task_size)
+        return graph(theta, noise, *leaves, *values)[1]  # type: ignore[no-any-return]
+
+    def compiled(
+        self, function: Callable[..., Any], examples: Callable[[Block], Sequence[Tensor]]
+    ) -> list[Callable[..., Any]]:
+        """Compiles a function for every block.
+
+        Args:
+            function: `(block, *arguments, *data, *values)` -> tensors.
+            examples: The arguments of a block.
+
+        Returns:
+            One function of `(*arguments, *values)` a block; a model that cannot be recorded runs as it is.
+        """
+        values = [value.detach() for value in self.values.values()]
+        made: dict[Any, Compiled] = {}
+        for block in self.blocks:
+            if block.shape not in made:
+                varying = [*examples(block), *values]
+                bound = _reordered(functools.partial(function, block), len(varying) - len(values), len(values))
+                made[block.shape] = Compiled(bound, varying, block.leaves, recordable=self._recordable(block))
+        return [made[block.shape].of(block.leaves) for block in self.blocks]
+
+    def _recordable(self, block: Block) -> bool:
+        graphs = [self._prior[0], *(piece.graph for piece in block.pieces)]
+        return all(isinstance(graph, torch.fx.GraphModule) for graph in graphs)
+
+
+def in_double(density: TaskDensity, tasks: Tasks) -> TaskDensity:
+    """The same model in float64: sums over tasks, Newton steps and Markov chains need its digits."""
+    if density.dtype == torch.float64:
+        return density
+    precise = TaskDensity(density.model, tasks)
+    precise.learned.values.update({name: value.double() for name, value in density.learned.values.items()})
+    return precise
+
+
+class Compiled:
+    """A function of varying tensors and of data, compiled; what depends on the data alone is computed once for each.
+
+    Args:
+        function: Maps `(*varying, *data)` to tensors; it may differentiate inside.
+        varying: Examples of the arguments that calls change.
+        data: An example of the others.
+        recordable: Whether it may be recorded; otherwise, and where that fails, it runs as it is.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], varying: list[Tensor], data: list[Tensor], *, recordable: bool
+    ) -> None:
+        self._prepare: Callable[..., Sequence[Tensor]] = lambda *fixed: fixed
+        self._function = function
+        if recordable:
+            self._compile(varying, data)
+
+    def _compile(self, varying: list[Tensor], data: list[Tensor]) -> None:
+        try:
+            graph = simplify(make_fx(self._function)(*varying, *data))
+        except (RuntimeError, NotImplementedError) as error:
+            logger.info("derivatives of a graph could not be recorded, autograd computes them: %s", error)
+            return
+        self._prepare, after = hoist(graph, len(varying))
+        self._function = compile_graph(after, [*varying, *self._prepare(*data)])
+
+    def of(self, data: list[Tensor]) -> Callable[..., Any]:
+        """The function of the varying arguments with these data."""
+        function, known = self._function, self._prepare(*data)
+        return lambda *given: function(*given, *known)
+
+
+def _reordered(function: Callable[..., Any], width: int, count: int) -> Callable[..., Any]:
+    """`function(*arguments, *data, *values)` as a function of `(*arguments, *values, *data)`."""
+
+    def ordered(*given: Tensor) -> Any:
+        return function(*given[:width], *given[width + count :], *given[width : width + count])
+
+    return ordered
+
+
+def _groups(sizes: np.ndarray, points: int, *, exact: bool) -> list[list[np.ndarray]]:
+    """Positions of tasks by block and piece."""
+    rows = np.maximum(sizes, 1)
+    few = int(rows.sum()) * points <= BLOCK_ELEMENTS
+    groups = _alike(sizes, PIECE_DRAWS if few else 1, exact=exact)
+    if few:
+        return [groups]
+    blocks, left = [], []
+    for group in groups:
+        most = max(1, BLOCK_ELEMENTS // (points * int(rows[group].max())))
+        size = max(1, len(group) // -(-len(group) // most))
+        whole = len(group) // size * size
+        blocks += [[some] for some in group[:whole].reshape(-1, size)]
+        left.append(group[whole:])
+    rest = np.concatenate(left)
+    if len(rest):
+        blocks.append([rest[group] for group in _alike(sizes[rest], 1, exact=exact)])
+    return blocks
+
+
+def _alike(sizes: np.ndarray, draws: int, *, exact: bool) -> list[np.ndarray]:
+    """Positions of tasks of equal size, or of like size."""
+    return [np.flatnonzero(sizes == n) for n in np.unique(sizes)] if exact else like_sizes(sizes, draws=draws)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from bayesmeta.inference import psis
 from bayesmeta.inference.candidates import log_evidence
 from bayesmeta.inference.gaussian import HEAVY_DF, heavy_scale, normal_log_prob, student_t_log_prob
 from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.protocols import SharedPosterior
 from bayesmeta.inference.shared import WIDE, PointShared, PriorShared
 
 PER_THETA = 8
@@ -76,14 +78,21 @@ def correct_shared(
     affordable = budget // (len(tasks) * per_theta)
     if variance > 1 or affordable < MIN_DRAWS:
         return _equal(guides.shared.sample(draws), "uncorrected", math.inf, math.nan)
-    first = guides.shared.sample(max(MIN_DRAWS, min(draws // 4, affordable)), wide=True)
     score = functools.partial(_log_target, density, guides, tasks, per_theta)
-    log_weight = score(first) - guides.shared.log_prob(first, wide=True)
+    return weigh_shared(guides.shared, score, draws=draws, affordable=affordable)
+
+
+def weigh_shared(
+    shared: SharedPosterior, score: Callable[[Tensor], Tensor], *, draws: int, affordable: int
+) -> SharedDraws:
+    """Weighs draws of θ by their log density `score` `(S, d_theta) -> (S,)`, twice: the first time to adapt."""
+    first = shared.sample(max(MIN_DRAWS, min(draws // 4, affordable)), wide=True)
+    log_weight = score(first) - shared.log_prob(first, wide=True)
     if not _usable(log_weight, first.shape[1]):
-        return _weighed(first, log_weight)
+        return weighed(first, log_weight)
     proposal = Adapted(first, log_weight)
     theta = proposal.sample(max(MIN_DRAWS, min(draws, affordable)))
-    return _weighed(theta, score(theta) - proposal.log_prob(theta))
+    return weighed(theta, score(theta) - proposal.log_prob(theta))
 
 
 class Adapted:
@@ -91,7 +100,8 @@ class Adapted:
 
     def __init__(self, theta: Tensor, log_weight: Tensor) -> None:
         self._dtype = theta.dtype
-        weight, theta = log_weight.double().softmax(0), theta.double()
+        usable = torch.nan_to_num(log_weight.double(), nan=-math.inf)
+        weight, theta = usable.softmax(0), theta.double()
         self._mean = weight @ theta
         centred = theta - self._mean
         covariance = centred.mT @ (weight.unsqueeze(-1) * centred)
@@ -115,7 +125,8 @@ def _usable(log_weight: Tensor, dim: int) -> bool:
     return ess > 5 * dim
 
 
-def _weighed(theta: Tensor, log_weight: Tensor) -> SharedDraws:
+def weighed(theta: Tensor, log_weight: Tensor) -> SharedDraws:
+    """Draws of θ with their weights, judged."""
     smoothed, khat = psis.smooth(log_weight.numpy())
     ess = float(psis.relative_ess(smoothed))
     good = khat < psis.khat_limit(len(theta)) and ess * len(theta) >= MIN_EFFECTIVE and ess >= MIN_ESS

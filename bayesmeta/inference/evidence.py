@@ -7,7 +7,9 @@ never used: the log density is then NaN, which a sampler refuses.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,16 +19,22 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.derivatives import curvature
-from bayesmeta.inference.collected import Collected
+from bayesmeta.inference.collected import Block, Collected
 from bayesmeta.inference.exact import log_evidence
 from bayesmeta.inference.gaussian import Lower
 from bayesmeta.inference.laplace import Modes, find_modes
+
+logger = logging.getLogger("bayesmeta")
 
 NODES = {1: 9, 2: 7, 3: 5}
 """Quadrature nodes a dimension; more dimensions have Laplace's approximation."""
 NEAR = {"quadrature": 1e-3, "Laplace": 3e-5}
 """Newton stops after a step as short as this, in posterior sds: what is left is about its square."""
+WOBBLE = 1e-12
+"""Relative loss of a log joint in a Newton step that is rounding."""
 QUICK_STEPS = 12
 """Undamped Newton steps before the damped search takes over."""
 
@@ -35,30 +43,33 @@ class Evidence:
     """Log p(θ) + Σ_i log p(D_i | θ) of all tasks, compiled.
 
     Args:
-        collected: The tasks.
-        gaussian: Whether all of them are Gaussian.
-
-    Attributes:
-        kind: "closed form", "quadrature" or "Laplace".
+        density: The model, in float64.
+        tasks: The tasks.
+        kind: "closed form", "quadrature" or "Laplace"; by default `kind_of` of tasks that are not Gaussian.
     """
 
-    def __init__(self, collected: Collected, *, gaussian: bool) -> None:
-        self._collected = collected
-        self._dim = collected.density.structure.task_size
-        self._start = torch.zeros(collected.count, self._dim, dtype=collected.density.dtype)
-        self._modes = self._start
-        self.kind = "closed form" if gaussian else "quadrature" if self._dim in NODES else "Laplace"
-        self._near = NEAR.get(self.kind, 0.0)
-        theta = collected.density.initial_theta()
-        one = {"closed form": _closed, "quadrature": _quadrature(self._dim), "Laplace": _laplace}[self.kind]
-        self._total = collected.compiled(self._summed(one), theta, self._start)
-        self._step = None if gaussian else collected.compiled(self._newton, theta, self._start)
+    def __init__(self, density: TaskDensity, tasks: Tasks, *, kind: str | None = None) -> None:
+        self._dim = density.structure.task_size
+        self.kind = kind_of(self._dim, gaussian=False) if kind is None else kind
+        points = NODES[self._dim] ** self._dim if self.kind == "quadrature" else self._dim + 1
+        self._collected = collected = Collected(density, tasks, points=points)
+        self._blocks = collected.blocks
+        self._start = [torch.zeros(block.count, self._dim, dtype=density.dtype) for block in self._blocks]
+        self._modes = list(self._start)
+        one = _quadrature(self._dim) if self.kind == "quadrature" else _SMOOTH[self.kind]
+        theta = density.initial_theta()
+
+        def examples(block: Block) -> tuple[Tensor, Tensor]:
+            return theta, torch.zeros(block.count, self._dim, dtype=density.dtype)
+
+        self._totals = collected.compiled(functools.partial(self._summed, one), examples)
+        exact = self.kind == "closed form"
+        self._steps = [] if exact else collected.compiled(_newton, examples)
 
     def again(self) -> Evidence:
         """The same function with a memory of modes of its own, for another chain."""
         other = object.__new__(Evidence)
-        other.__dict__.update(self.__dict__)
-        other._modes = self._start
+        other.__dict__.update(self.__dict__, _modes=list(self._start))
         return other
 
     @property
@@ -66,62 +77,74 @@ class Evidence:
         """The learned values that the model started with."""
         return self._collected.values
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of θ."""
-        return self._start.dtype
-
     def __call__(self, theta: Tensor, values: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Log density, its gradient for θ `(d_theta,)` and for the learned values; NaN where modes are missing."""
-        modes = self._start if self._step is None else self._find(theta, values)
-        if modes is None:
-            return theta.new_tensor(math.nan), torch.zeros_like(theta), [torch.zeros_like(v) for v in values]
-        total, gradient, *others = self._total(theta, modes, *values)
+        found = [self._of_block(place, theta, values) for place in range(len(self._blocks))]
+        if len(found) == 1:
+            total, gradient, *others = found[0]
+        else:
+            total, gradient, *others = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
         return total, gradient, others
 
-    def _summed(self, one: Callable[..., Tensor]) -> Callable[..., Any]:
-        """Log prior and evidence of all tasks, with the gradient for θ and the learned values."""
-        collected, learned = self._collected, len(self._collected.values)
+    def _of_block(self, place: int, theta: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        modes = self._find(place, theta, values) if self._steps else self._start[place]
+        if modes is None:
+            return (theta.new_tensor(math.nan), *(torch.zeros_like(leaf) for leaf in (theta, *values)))
+        return self._totals[place](theta, modes, *values)  # type: ignore[no-any-return]
 
-        def function(theta: Tensor, modes: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                at = theta.detach().requires_grad_()
-                values = [leaf.detach().requires_grad_() for leaf in leaves[len(leaves) - learned :]]
-                data = (*leaves[: len(leaves) - learned], *values)
-                parts = collected.by_piece(one, at, modes.detach(), data)
-                total = collected.log_prior(at, values) + torch.stack([part.sum() for part in parts]).sum()
-                gradients = torch.autograd.grad(total, [at, *values], materialize_grads=True)
-            return total.detach(), *gradients
+    def _summed(
+        self, one: Callable[..., Tensor], block: Block, theta: Tensor, modes: Tensor, *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Evidence of a block's tasks and its share of the log prior, and the gradients for θ and learned values."""
+        learned = len(self._collected.values)
+        with torch.enable_grad():
+            at = theta.detach().requires_grad_()
+            values = [leaf.detach().requires_grad_() for leaf in leaves[len(leaves) - learned :]]
+            data = (*leaves[: len(leaves) - learned], *values)
+            parts = block.by_piece(one, at, modes.detach(), data)
+            prior = self._collected.log_prior(at, values) / len(self._blocks)
+            total = prior + torch.stack([part.sum() for part in parts]).sum()
+            gradients = torch.autograd.grad(total, [at, *values], materialize_grads=True)
+        return total.detach(), *gradients
 
-        return function
-
-    def _newton(self, theta: Tensor, noise: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log joints `(T,)`, the points after one Newton step `(T, d)`, and the length of the longest step in sds."""
-        parts = self._collected.by_piece(_newton_step, theta, noise, leaves)
-        value, moved, length = (torch.cat([part[k] for part in parts]) for k in range(3))
-        return value.detach(), moved.detach(), length.amax().detach()
-
-    def _find(self, theta: Tensor, values: Sequence[Tensor]) -> Tensor | None:
-        """The modes of all tasks, in the order of the pieces; None where they are not found."""
-        noise, value = self._modes, None
+    def _find(self, place: int, theta: Tensor, values: Sequence[Tensor]) -> Tensor | None:
+        """The modes of a block's tasks; None where they are not found."""
+        noise, value = self._modes[place], None
         for _ in range(QUICK_STEPS):
-            now, moved, length = self._step(theta, noise, *values)  # type: ignore[misc]
-            if not bool(torch.isfinite(length)) or (value is not None and bool((now < value - 1e-8).any())):
+            now, moved, length = self._steps[place](theta, noise, *values)
+            if not math.isfinite(length) or (value is not None and _lost(value, now)):
                 break
-            if float(length) < self._near:
-                self._modes = moved
+            if float(length) < NEAR[self.kind]:
+                self._modes[place] = moved
                 return moved
             noise, value = moved, now
-        return self._search(theta, values)
+        return self._search(place, theta, values)
 
-    def _search(self, theta: Tensor, values: Sequence[Tensor]) -> Tensor | None:
+    def _search(self, place: int, theta: Tensor, values: Sequence[Tensor]) -> Tensor | None:
         """The damped search, from the prior's centre."""
-        leaves = [*self._collected.data, *values]
-        found = self._collected.by_piece(_piece_modes, theta, self._start, leaves)
+        block = self._blocks[place]
+        found = block.by_piece(_piece_modes, theta, self._start[place], [*block.leaves, *values])
         if not all(bool(modes.converged.all()) for modes in found):
             return None
-        self._modes = torch.cat([modes.loc[0] for modes in found])
-        return self._modes
+        self._modes[place] = torch.cat([modes.loc[0] for modes in found])
+        return self._modes[place]
+
+
+def kind_of(dim: int, *, gaussian: bool) -> str:
+    """How tasks with `dim` parameters are integrated."""
+    return "closed form" if gaussian else "quadrature" if dim in NODES else "Laplace"
+
+
+def _lost(before: Tensor, now: Tensor) -> bool:
+    """Whether a step has lowered a log joint by more than rounding."""
+    return bool((now < before - WOBBLE * (1e3 + before.abs())).any())
+
+
+def _newton(block: Block, theta: Tensor, noise: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log joints `(T,)`, the points after one Newton step `(T, d)`, and the length of the longest step in sds."""
+    parts = block.by_piece(_newton_step, theta, noise, leaves)
+    value, moved, length = (torch.cat([part[k] for part in parts]) for k in range(3))
+    return value.detach(), moved.detach(), length.amax().detach()
 
 
 def _piece_modes(graph: Callable[..., Any], theta: Tensor, start: Tensor, leaves: Sequence[Tensor]) -> Modes:
@@ -155,8 +178,14 @@ def _at(graph: Callable[..., Any], theta: Tensor, noise: Tensor, leaves: Sequenc
     """Curvature at a point that depends on θ itself."""
     value = graph(theta, noise, *leaves)
     (gradient,) = torch.autograd.grad(value.sum(), noise, create_graph=True)
-    columns = [torch.autograd.grad(part.sum(), noise, create_graph=True)[0] for part in gradient.unbind(-1)]
+    columns = [
+        torch.autograd.grad(part.sum(), noise, create_graph=True, materialize_grads=True)[0]
+        for part in gradient.unbind(-1)
+    ]
     return value, gradient, torch.stack(columns, -1)
+
+
+_SMOOTH = {"closed form": _closed, "Laplace": _laplace}
 
 
 def _quadrature(dim: int) -> Callable[..., Tensor]:
@@ -171,13 +200,24 @@ def _quadrature(dim: int) -> Callable[..., Tensor]:
         _, _, hessian = curvature(graph, 1, theta, noise, *leaves)
         lower = Lower.cholesky(-hessian.detach().movedim((-2, -1), (0, 1)))
         white = points.to(noise.dtype).mT.unsqueeze(-1).expand(-1, -1, len(noise))
-        spread = noise + lower.solve_transposed(white).movedim(0, -1)
-        value = vmap(lambda at: graph(theta, at, *leaves))(spread)
+        by_node = Lower([column.unsqueeze(1) for column in lower.columns])
+        spread = noise + by_node.solve_transposed(white).movedim(0, -1)
+        value = _at_nodes(graph, theta, spread, leaves)
         bend = (log_weights + 0.5 * points.square().sum(-1)).to(noise.dtype).unsqueeze(-1)
         constant = 0.5 * dim * math.log(2 * math.pi)
         return (value + bend).logsumexp(0) - lower.log_det() + constant
 
     return one
+
+
+def _at_nodes(graph: Callable[..., Any], theta: Tensor, spread: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """Log joints `(K, T)` at `(K, T, d)`; what cannot be mapped is called node by node."""
+    if isinstance(graph, torch.fx.GraphModule):
+        try:
+            return vmap(lambda at: graph(theta, at, *leaves))(spread)
+        except (RuntimeError, NotImplementedError) as error:
+            logger.info("a graph could not be mapped over quadrature nodes, they run one by one: %s", error)
+    return torch.stack([graph(theta, at, *leaves) for at in spread])
 
 
 def nodes(dim: int) -> tuple[Tensor, Tensor]:

@@ -154,9 +154,10 @@ class Lower:
 
     @classmethod
     def cholesky(cls, matrix: Tensor) -> Lower:
-        """Factors symmetric positive definite matrices `(d, d, *batch)`."""
+        """Factors symmetric positive definite matrices `(d, d, *batch)`; others become NaN."""
         if len(matrix) > COLUMNWISE:
-            dense = torch.linalg.cholesky(matrix.movedim((0, 1), (-2, -1))).movedim((-2, -1), (0, 1))
+            factor, info = torch.linalg.cholesky_ex(matrix.movedim((0, 1), (-2, -1)))
+            dense = torch.where(info == 0, factor.movedim((-2, -1), (0, 1)), math.nan)
             return cls([dense[j:, j] for j in range(len(matrix))])
         columns = []
         while len(matrix):

@@ -1,14 +1,15 @@
 """The marginal path: every task's parameters integrated out, θ sampled, optimised or fitted; near-exact.
 
-For few parameters a task and up to many tasks. `evidence.py` integrates; the tasks' own posteriors come afterwards, at
-the draws of θ, from the ladder.
+For few parameters a task and up to many tasks. `evidence.py` integrates, `approximation.py` says how far that is off;
+the tasks' own posteriors come afterwards, at the draws of θ, from the ladder.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,22 @@ from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.collected import Collected
-from bayesmeta.inference.correction import SharedDraws, correct_shared
-from bayesmeta.inference.evidence import Evidence
+from bayesmeta.inference.approximation import TOLERATED, assess, mended
+from bayesmeta.inference.collected import in_double
+from bayesmeta.inference.correction import SharedDraws, weigh_shared
+from bayesmeta.inference.evidence import Evidence, kind_of
 from bayesmeta.inference.exact import are_gaussian
 from bayesmeta.inference.methods import Inferred
+from bayesmeta.inference.mode import Mode
 from bayesmeta.inference.nuts import check_lengths, check_samplable, from_chains, laplace_guides, sample
 from bayesmeta.inference.objectives import Guides
-from bayesmeta.inference.shared import NormalShared
 from bayesmeta.inference.training import History
 
 SHARED = ("nuts", "normal", "map")
-OPTIMISER_STEPS = 300
 TRIED = 0.3
 """θ at which tasks are tested for being Gaussian are normal around the prior's centre with this sd, in prior units."""
+WEIGHED_TASKS = 40_000_000
+"""Bound on draws of θ × tasks, where a normal is corrected."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +66,42 @@ class Marginal:
         """Infers θ with the tasks' parameters integrated out.
 
         Raises:
-            ValueError: The model has parameters to be trained and θ is to be sampled, or no mode is found.
+            ValueError: The model has parameters to be trained and θ is to be sampled, no mode is found, nutpie is
+                missing, or a checkpoint is asked for.
         """
-        if self.shared == "nuts":
-            check_samplable("marginal", density, checkpoint)
+        check_samplable("marginal", density, checkpoint, trains=self.shared != "nuts")
+        start = time.perf_counter()
+        record: dict[str, Any] = {"stage": 0, "steps": 0, "kind": "no shared parameters", "error": 0.0, "noise": 0.0}
         if density.structure.shared_size + len(density.learned.values) == 0:
-            theta = torch.zeros(self.chains * self.draws, 0, dtype=density.dtype)
-            shared = SharedDraws(theta, np.full(len(theta), -math.log(len(theta))), 0.0, 1.0, "sampled")
-            return Inferred(laplace_guides(density, tasks, theta), shared, History())
-        evidence = Evidence(Collected(density, tasks), gaussian=_all_gaussian(density, tasks))
-        mode = _Mode(density, evidence)
-        start = mode.find()
-        if self.shared == "nuts":
-            shared = self._sampled(density, evidence, start, progress)
+            shared = _equal(torch.zeros(self.chains * self.draws, 0, dtype=density.dtype), "sampled")
         else:
-            shared = self._fitted(density, tasks, mode, start)
-        return Inferred(laplace_guides(density, tasks, shared.theta), shared, History())
+            shared, found = self._infer(density, tasks, progress)
+            record |= found
+        record |= {"ess": shared.ess, "seconds": time.perf_counter() - start, "done": shared.status != "uncorrected"}
+        return Inferred(laplace_guides(density, tasks, shared.theta), shared, History(stages=[record]))
 
-    def _sampled(self, density: TaskDensity, evidence: Evidence, start: Tensor, progress: bool) -> SharedDraws:
+    def _infer(self, density: TaskDensity, tasks: Tasks, progress: bool) -> tuple[SharedDraws, dict[str, Any]]:
+        precise = in_double(density, tasks)
+        kind = kind_of(density.structure.task_size, gaussian=_all_gaussian(precise, tasks))
+        evidence = Evidence(precise, tasks, kind=kind)
+        mode = Mode(precise, evidence)
+        mode.find()
+        for one in (precise, density):
+            one.learned.values.update({name: value.to(one.dtype) for name, value in mode.values.items()})
+        tried: SharedDraws | None = None
+        if self.shared == "nuts":
+            shared = self._sampled(precise, evidence, mode, progress)
+        else:
+            shared, tried = self._fitted(evidence, mode, len(tasks))
+        record: dict[str, Any] = {"kind": evidence.kind, "error": 0.0, "noise": 0.0}
+        if kind != "closed form" and density.structure.shared_size:
+            record |= assess(precise, evidence, tasks, tried or shared)
+            approximate = kind == "Laplace" or record["error"] > TOLERATED
+            if approximate and self.shared != "map":
+                shared = mended(precise, evidence, tasks, shared)
+        return replace(shared, theta=shared.theta.to(density.dtype)), record
+
+    def _sampled(self, density: TaskDensity, evidence: Evidence, mode: Mode, progress: bool) -> SharedDraws:
         signed = Signed(density)
 
         def make() -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
@@ -88,18 +109,28 @@ class Marginal:
             return lambda position: signed.log_density(own, position)
 
         lengths = {"chains": self.chains, "warmup": self.warmup, "draws": self.draws}
-        drawn = sample(make, signed.position(start), progress=progress, view=signed.view, **lengths)
-        return from_chains(torch.as_tensor(drawn.draws).flatten(0, 1).to(density.dtype), drawn)
+        starts = mode.shared().sample
+        drawn = sample(make, lambda: signed.position(starts(1)[0]), progress=progress, view=signed.view, **lengths)
+        return from_chains(torch.as_tensor(drawn.draws).flatten(0, 1), drawn)
 
-    def _fitted(self, density: TaskDensity, tasks: Tasks, mode: _Mode, start: Tensor) -> SharedDraws:
-        density.learned.values.update(mode.values)
-        count = self.chains * self.draws
+    def _fitted(self, evidence: Evidence, mode: Mode, tasks: int) -> tuple[SharedDraws, SharedDraws | None]:
+        """The draws of θ, and others at which a point estimate's evidence is looked at."""
+        count, values = self.chains * self.draws, list(mode.values.values())
         if self.shared == "map":
-            theta = start.expand(count, -1)
-            return SharedDraws(theta, np.full(count, -math.log(count)), 0.0, 1.0, "plug-in")
-        guides = laplace_guides(density, tasks, start.expand(2, -1))
-        guides.shared = normal_at(start, mode.covariance(start))
-        return correct_shared(density, guides, tasks, draws=count)
+            around = _equal(mode.shared().sample(count).detach(), "sampled")
+            return _equal(mode.theta.expand(count, -1), "plug-in"), around
+
+        def score(theta: Tensor) -> Tensor:
+            return torch.stack([evidence(at, values)[0] for at in theta])
+
+        with torch.no_grad():
+            if not len(mode.theta):
+                return _equal(mode.theta.expand(count, -1), "sampled"), None
+            return weigh_shared(mode.shared(), score, draws=count, affordable=WEIGHED_TASKS // tasks), None
+
+
+def _equal(theta: Tensor, status: str) -> SharedDraws:
+    return SharedDraws(theta, np.full(len(theta), -math.log(len(theta))), 0.0, 1.0, status)
 
 
 def _all_gaussian(density: TaskDensity, tasks: Tasks) -> bool:
@@ -116,7 +147,7 @@ class Signed:
 
     def position(self, theta: Tensor) -> np.ndarray:
         """θ as a sampler's position."""
-        return torch.where(self._even, theta.exp(), theta).double().numpy()
+        return torch.where(self._even, theta.exp(), theta).detach().numpy()
 
     def view(self, positions: np.ndarray) -> np.ndarray:
         """Positions `(chain, draw, d)` as θ."""
@@ -130,69 +161,7 @@ class Signed:
         """Log density of a position and its gradient: d log σ / dt = 1 / t, and no Jacobian of log σ."""
         at = torch.as_tensor(position)
         theta = self.theta(at)
-        value, gradient, _ = evidence(theta.to(evidence.dtype))
+        value, gradient, _ = evidence(theta)
         total = float(value) - float(theta[self._even].sum())
-        slope = torch.where(self._even, (gradient.double() - 1) / at, gradient.double())
+        slope = torch.where(self._even, (gradient - 1) / at, gradient)
         return total, slope.numpy()
-
-
-def normal_at(theta: Tensor, covariance: Tensor) -> NormalShared:
-    """q(θ) with a given mean and covariance."""
-    factor = torch.linalg.cholesky(covariance)
-    diagonal = factor.diagonal()
-    shared = NormalShared(theta, torch.ones_like(theta))
-    with torch.no_grad():
-        shared.log_diagonal.copy_(diagonal.log())
-        shared.lower.copy_((factor / diagonal.unsqueeze(-1)).tril(-1))
-    return shared
-
-
-class _Mode:
-    """The mode of θ and of the learned values, by L-BFGS on the marginal."""
-
-    def __init__(self, density: TaskDensity, evidence: Evidence) -> None:
-        self._evidence, self._scale = evidence, density.prior_scale()[1]
-        self._start = density.prior_scale()[0].clone()
-        self.values = {name: value.clone() for name, value in evidence.values.items()}
-
-    def find(self) -> Tensor:
-        """The mode `(d_theta,)`; learned values are left in `values`.
-
-        Raises:
-            ValueError: The log density is not finite at the start, or where the search ended.
-        """
-        white = torch.zeros_like(self._start).requires_grad_()
-        values = [value.requires_grad_() for value in self.values.values()]
-        search = torch.optim.LBFGS([white, *values], max_iter=OPTIMISER_STEPS, line_search_fn="strong_wolfe")
-
-        def closure() -> float:
-            total, gradient, others = self._evidence(self._theta(white.detach()), [v.detach() for v in values])
-            white.grad = -gradient * self._scale
-            for value, other in zip(values, others, strict=True):
-                value.grad = -other
-            return -float(total) if math.isfinite(float(total)) else 1e100
-
-        search.step(closure)
-        self.values = {name: value.detach() for name, value in self.values.items()}
-        theta = self._theta(white.detach())
-        if not bool(torch.isfinite(self._evidence(theta, list(self.values.values()))[0])):
-            raise ValueError(
-                "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
-                "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
-            )
-        return theta
-
-    def _theta(self, white: Tensor) -> Tensor:
-        return self._start + self._scale * white
-
-    def covariance(self, theta: Tensor) -> Tensor:
-        """The inverse of the negative Hessian at the mode, by differences of the gradient, at most the prior's."""
-        values, step = list(self.values.values()), 1e-4
-        columns = []
-        for unit in torch.diag(self._scale):
-            up, down = (self._evidence(theta + sign * step * unit, values)[1] for sign in (1, -1))
-            columns.append(-(up - down) * self._scale / (2 * step))
-        precision = torch.stack(columns)
-        roots, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
-        half = vectors / roots.clamp(min=1.0).sqrt()
-        return self._scale.unsqueeze(-1) * (half @ half.mT) * self._scale

@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.collected import Collected
+from bayesmeta.hierarchy.recording import seeded
+from bayesmeta.inference.collected import Block, Collected, in_double
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.laplace import LaplaceGuide
 from bayesmeta.inference.methods import Inferred
@@ -34,8 +36,10 @@ MAX_RHAT = 1.05
 MIN_ESS = 100.0
 MAX_DIVERGENT = 0.005
 """Chains beyond these bounds draw a warning."""
+SHORTEST = 8
+"""Chains with fewer draws have no diagnostics."""
 JITTER = 0.1
-"""Standard deviation of the chains' starts around the point they are given, in unconstrained coordinates."""
+"""Standard deviation of the chains' starts around the prior's centre, in prior units."""
 STATS = {"diverging": "diverging", "depth": "tree_depth", "n_steps": "n_steps", "step_size": "step_size", "logp": "lp"}
 """Names of nutpie's diagnostics that are kept, and ArviZ' names for them."""
 
@@ -70,44 +74,78 @@ class NUTS:
         Raises:
             ValueError: nutpie is missing, the model has parameters to be trained, or a checkpoint is asked for.
         """
-        check_samplable("nuts", density, checkpoint)
-        collected = Collected(density, tasks)
+        check_samplable("nuts", density, checkpoint, trains=False)
+        began = time.perf_counter()
+        precise = in_double(density, tasks)
+        joint = Joint(precise, tasks)
         size, dim = density.structure.shared_size, density.structure.task_size
-        joint = _joint(collected)
-
-        def log_density(position: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = joint(torch.as_tensor(position))
-            return float(value), gradient.numpy()
-
         drawn = sample(
-            lambda: log_density,
-            np.zeros(size + len(tasks) * dim),
+            lambda: joint,
+            joint.start,
             chains=self.chains,
             warmup=self.warmup,
             draws=self.draws,
             progress=progress,
+            view=joint.view,
         )
         flat = torch.as_tensor(drawn.draws).flatten(0, 1)
-        noise = flat[:, size:].reshape(len(flat), len(tasks), dim)[:, collected.order]
+        noise = flat[:, size:].reshape(len(flat), len(tasks), dim)
         shared = from_chains(flat[:, :size].to(density.dtype), drawn, noise=noise.to(density.dtype))
-        return Inferred(laplace_guides(density, tasks, shared.theta), shared, History())
+        record = {"stage": 0, "steps": 0, "kind": "joint", "error": 0.0, "noise": 0.0, "ess": shared.ess, "done": True}
+        record["seconds"] = time.perf_counter() - began
+        return Inferred(laplace_guides(density, tasks, shared.theta), shared, History(stages=[record]))
 
 
-def _joint(collected: Collected) -> Callable[..., Any]:
-    """The compiled log joint of a position `(d_theta + T d,)` and its gradient."""
-    size, dim = collected.density.structure.shared_size, collected.density.structure.task_size
+class Joint:
+    """The compiled log joint of θ and the noise of all tasks: position `(d_theta + T d,)`, in prior units of θ."""
 
-    def value_and_gradient(position: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, density: TaskDensity, tasks: Tasks) -> None:
+        self._collected = collected = Collected(density, tasks)
+        self._size, self._dim = density.structure.shared_size, density.structure.task_size
+        self._origin, self._scale = density.prior_scale()
+        self._functions = collected.compiled(self._value_and_gradient, self._example)
+
+    def _example(self, block: Block) -> tuple[Tensor]:
+        return (torch.zeros(self._size + block.count * self._dim, dtype=torch.float64),)
+
+    def _value_and_gradient(self, block: Block, position: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        """Of θ and the noise of a block."""
         with torch.enable_grad():
             at = position.detach().requires_grad_()
-            theta, noise = at[:size], at[size:].reshape(-1, dim)
-            parts = collected.by_piece(lambda graph, *args: graph(*args[:2], *args[2]).sum(), theta, noise, leaves)
-            total = collected.log_prior(theta, leaves[len(leaves) - len(collected.values) :]) + torch.stack(parts).sum()
+            theta = self._origin + self._scale * at[: self._size]
+            noise = at[self._size :].reshape(-1, self._dim)
+            parts = block.by_piece(lambda graph, *args: graph(*args[:2], *args[2]).sum(), theta, noise, leaves)
+            prior = self._collected.log_prior(theta, leaves[len(leaves) - len(self._collected.values) :])
+            total = prior / len(self._collected.blocks) + torch.stack(parts).sum()
             (gradient,) = torch.autograd.grad(total, at)
         return total.detach(), gradient
 
-    example = torch.zeros(size + collected.count * dim, dtype=collected.density.dtype)
-    return collected.compiled(value_and_gradient, example)
+    def start(self) -> np.ndarray:
+        """A position near the prior's centre."""
+        return JITTER * torch.randn(self._size + self._collected.count * self._dim, dtype=torch.float64).numpy()
+
+    def view(self, positions: np.ndarray) -> np.ndarray:
+        """Positions `(chain, draw, d)` as θ and the noise of the tasks in their own order."""
+        at = torch.as_tensor(positions)
+        noise = at[..., self._size :].unflatten(-1, (self._collected.count, self._dim))[..., self._collected.order, :]
+        return torch.cat([self._origin + self._scale * at[..., : self._size], noise.flatten(-2)], -1).numpy()
+
+    def __call__(self, position: np.ndarray) -> tuple[float, np.ndarray]:
+        """Log density and its gradient."""
+        at = torch.as_tensor(position)
+        if len(self._functions) == 1:
+            value, gradient = self._functions[0](at)
+            return float(value), gradient.numpy()
+        return self._in_blocks(at)
+
+    def _in_blocks(self, at: Tensor) -> tuple[float, np.ndarray]:
+        widths = [block.count * self._dim for block in self._collected.blocks]
+        theta, total, head, tail = at[: self._size], 0.0, torch.zeros(self._size, dtype=at.dtype), []
+        for function, noise in zip(self._functions, at[self._size :].split(widths), strict=True):
+            value, gradient = function(torch.cat([theta, noise]))
+            total, head = total + float(value), head + gradient[: self._size]
+            tail.append(gradient[self._size :])
+        return total, torch.cat([head, *tail]).numpy()
 
 
 def check_lengths(name: str, chains: int, warmup: int, draws: int) -> None:
@@ -117,16 +155,29 @@ def check_lengths(name: str, chains: int, warmup: int, draws: int) -> None:
             raise ValueError(f"{name}: {option} must be a whole number of at least 1, got {value!r}")
 
 
-def check_samplable(method: str, density: TaskDensity, checkpoint: Any) -> None:
-    """Refuses what Markov chains cannot do: train parameters, go on from a checkpoint."""
+def check_samplable(method: str, density: TaskDensity, checkpoint: Any, *, trains: bool) -> None:
+    """Refuses what a method cannot do: train parameters with Markov chains, go on from a checkpoint."""
+    if checkpoint is not None:
+        raise ValueError(f"method={method!r} keeps no checkpoint; leave checkpoint= out")
+    if trains:
+        return
     if density.learned.values:
         raise ValueError(
             f"method={method!r} samples all parameters, but the model trains {sorted(density.learned.values)} "
             "(pyro.param or pyro.module) as point estimates; freeze the module (net.requires_grad_(False)), or use "
             'method="amortized", bm.Marginal(shared="map") or bm.Marginal(shared="normal")'
         )
-    if checkpoint is not None:
-        raise ValueError(f"method={method!r} keeps no checkpoint; leave checkpoint= out")
+    _nutpie()
+
+
+def _nutpie() -> Any:
+    """The optional package."""
+    try:
+        import nutpie
+        import nutpie.compiled_pyfunc
+    except ImportError as error:
+        raise ValueError("sampling needs nutpie; install it with: pip install 'bayesmeta[nuts]'") from error
+    return nutpie
 
 
 def laplace_guides(density: TaskDensity, tasks: Tasks, theta: Tensor) -> Guides:
@@ -157,7 +208,7 @@ def from_chains(theta: Tensor, drawn: Drawn, *, noise: Tensor | None = None) -> 
 
 def sample(
     make_log_density: Callable[[], LogDensity],
-    start: np.ndarray,
+    start: Callable[[], np.ndarray],
     *,
     chains: int,
     warmup: int,
@@ -168,8 +219,8 @@ def sample(
     """Samples a density with nutpie, chains one after another.
 
     Args:
-        make_log_density: Makes the density that one chain calls.
-        start: Where chains start, up to a jitter `(d,)`.
+        make_log_density: Makes the density that one chain calls; what is not finite is rejected.
+        start: Draws a position `(d,)` where a chain may start.
         chains: Number of chains.
         warmup: Transitions of adaptation, a chain.
         draws: Draws kept, a chain.
@@ -179,45 +230,63 @@ def sample(
     Raises:
         ValueError: nutpie is not installed, or every start has density zero.
     """
-    try:
-        import nutpie
-        from nutpie.compiled_pyfunc import from_pyfunc
-    except ImportError as error:
-        raise ValueError("sampling needs nutpie; install it with: pip install 'bayesmeta[nuts]'") from error
-    dim, seed = len(start), int(torch.randint(2**31, ()))
+    nutpie, dim = _nutpie(), len(start())
+    failures: list[Exception] = []
 
     def initial(chain_seed: int) -> np.ndarray:
-        return start + JITTER * np.random.default_rng(chain_seed).standard_normal(dim)
+        with seeded(chain_seed):
+            return start()
 
-    model = from_pyfunc(
+    model = nutpie.compiled_pyfunc.from_pyfunc(
         dim,
-        make_log_density,
+        lambda: _Guarded(make_log_density(), failures),
         lambda *_: lambda position: {"position": position},
         ["float64"],
         [(dim,)],
         ["position"],
         make_initial_point_fn=initial,
     )
-    options = {"cores": 1, "progress_bar": progress, "save_warmup": False, "seed": seed}
+    options = {"cores": 1, "progress_bar": progress, "save_warmup": False, "seed": int(torch.randint(2**31, ()))}
     try:
         trace = nutpie.sample(model, draws=draws, tune=warmup, chains=chains, **options)
     except RuntimeError as error:
+        cause = failures[0] if failures else error
         raise ValueError(
-            f"sampling has failed: {error}; check that the density is finite where the prior is"
-        ) from error
+            f"sampling has failed: {cause}; check that the density is finite where the prior is"
+        ) from cause
+    if failures:
+        raise failures[0]
     found = view(np.asarray(trace.posterior["position"]))
     kept = {name: np.asarray(trace.sample_stats[key]) for key, name in STATS.items() if key in trace.sample_stats}
     stats = {name: values.astype(np.int64) if values.dtype.kind == "u" else values for name, values in kept.items()}
     return _judged(found, stats)
 
 
+class _Guarded:
+    """A log density for nutpie, which cannot bear exceptions: it gets NaN, which it rejects, the caller the first."""
+
+    def __init__(self, function: LogDensity, failures: list[Exception]) -> None:
+        self._function, self._failures = function, failures
+
+    def __call__(self, position: np.ndarray) -> tuple[float, np.ndarray]:
+        """Log density and gradient."""
+        if not self._failures:
+            try:
+                return self._function(position)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                pass
+            except Exception as error:
+                self._failures.append(error)
+        return math.nan, np.zeros(len(position))
+
+
 def _judged(draws: np.ndarray, stats: dict[str, np.ndarray]) -> Drawn:
     """Adds R-hat and effective sample sizes, and warns where they are bad."""
-    values = torch.as_tensor(draws)
-    rhat = np.ones(draws.shape[-1])
-    if draws.shape[1] >= 4:
+    values, (chains, count, dim) = torch.as_tensor(draws), draws.shape
+    rhat, ess = np.full(dim, math.inf), np.zeros(dim)
+    if count >= SHORTEST:
         rhat = split_gelman_rubin(values).nan_to_num(nan=1.0).numpy()
-    ess = effective_sample_size(values).nan_to_num(nan=float(draws.shape[0] * draws.shape[1])).numpy()
+        ess = effective_sample_size(values).nan_to_num(nan=float(chains * count)).numpy()
     divergent = float(stats["diverging"].mean()) if "diverging" in stats else 0.0
     if rhat.max() > MAX_RHAT or ess.min() < MIN_ESS or divergent > MAX_DIVERGENT:
         warnings.warn(

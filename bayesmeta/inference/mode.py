@@ -1,0 +1,113 @@
+"""The mode of the marginal density of θ, and the normal around it: where the marginal path starts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.evidence import Evidence
+from bayesmeta.inference.shared import NormalShared
+
+OPTIMISER_STEPS = 300
+STARTS = 20
+"""θ that are tried where the density at the prior's centre is not finite."""
+SPREAD = 0.5
+"""Their sd around the prior's centre, in prior units."""
+STEP = 1e-3
+"""Of differences of the gradient, in sds of θ."""
+WIDEST = 1e4
+"""No sd of θ is larger, in prior units: a flat direction has no curvature."""
+
+
+def normal_at(theta: Tensor, covariance: Tensor) -> NormalShared:
+    """q(θ) with a given mean and covariance."""
+    factor = torch.linalg.cholesky(covariance)
+    diagonal = factor.diagonal()
+    shared = NormalShared(theta, torch.ones_like(theta))
+    with torch.no_grad():
+        shared.log_diagonal.copy_(diagonal.log())
+        shared.lower.copy_((factor / diagonal.unsqueeze(-1)).tril(-1))
+    return shared
+
+
+class Mode:
+    """The mode of θ and of the learned values, by L-BFGS on the marginal.
+
+    Attributes:
+        theta: The mode `(d_theta,)`, once it is found.
+        values: The learned values there.
+    """
+
+    def __init__(self, density: TaskDensity, evidence: Evidence) -> None:
+        self._evidence = evidence
+        self._origin, self._scale = density.prior_scale()
+        self.values = {name: value.clone() for name, value in evidence.values.items()}
+        self.theta = self._origin.clone()
+
+    def find(self) -> None:
+        """Climbs to the mode; after a first climb in prior units again in units of the curvature.
+
+        Raises:
+            ValueError: The log density is not finite at any start, or where the search ended.
+        """
+        self.theta = self._start()
+        self._climb(self._scale.diag())
+        self._climb(self._half())
+        if not bool(torch.isfinite(self._at(self.theta)[0])):
+            raise ValueError(
+                "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
+                "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
+            )
+
+    def _at(self, theta: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return self._evidence(theta, list(self.values.values()))
+
+    def _start(self) -> Tensor:
+        """The prior's centre, or another θ near it where the density is finite."""
+        for trial in range(STARTS):
+            noise = torch.randn_like(self._origin) if trial else torch.zeros_like(self._origin)
+            theta = self._origin + SPREAD * self._scale * noise
+            if bool(torch.isfinite(self._at(theta)[0])):
+                return theta
+        return self._origin.clone()
+
+    def _climb(self, unit: Tensor) -> None:
+        """L-BFGS in coordinates `theta + unit @ white`."""
+        origin, white = self.theta, torch.zeros_like(self.theta).requires_grad_()
+        values = [value.detach().clone().requires_grad_() for value in self.values.values()]
+        search = torch.optim.LBFGS([white, *values], max_iter=OPTIMISER_STEPS, line_search_fn="strong_wolfe")
+
+        def closure() -> float:
+            given = [value.detach() for value in values]
+            total, gradient, others = self._evidence(origin + unit @ white.detach(), given)
+            white.grad = -unit.mT @ gradient
+            for value, other in zip(values, others, strict=True):
+                value.grad = -other
+            return -float(total) if math.isfinite(float(total)) else 1e100
+
+        search.step(closure)
+        self.theta = origin + unit @ white.detach()
+        self.values = {name: value.detach() for name, value in zip(self.values, values, strict=True)}
+
+    def _half(self) -> Tensor:
+        """A root of the covariance of the normal at the mode: differences of the gradient, twice to find their step."""
+        half = self._scale.diag()
+        for _ in range(2):
+            columns = []
+            for unit in half.mT:
+                up, down = (self._at(self.theta + sign * STEP * unit)[1] for sign in (1, -1))
+                columns.append(-(half.mT @ (up - down)) / (2 * STEP))
+            if not columns:
+                return half
+            precision = torch.stack(columns)
+            roots, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
+            half = half @ (vectors / roots.abs().clamp(min=WIDEST**-2).sqrt())
+        return half
+
+    def shared(self) -> NormalShared:
+        """The normal with the mode and the curvature there."""
+        half = self._half()
+        return normal_at(self.theta, half @ half.mT)
