@@ -455,7 +455,7 @@ def test_single_precision_travels(tasks: bm.Tasks, tmp_path: Path) -> None:
     assert np.array_equal(loaded.posterior(tasks)["a"], fit.posterior(tasks)["a"])
 
 
-def test_a_few_draws_are_some_of_enough(tmp_path: pathlib.Path) -> None:
+def test_a_few_draws_are_some_of_enough(tmp_path: Path) -> None:
     """Two draws are judged by the weights of more: nothing climbs, and the moments are those of all candidates."""
     from conjugate import ROWS, fitted
 

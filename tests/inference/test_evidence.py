@@ -13,8 +13,8 @@ import pytest
 import torch
 from conjugate import ROWS, TAU, WIDE, centre, drawn_rows, make_tasks
 from conjugate import evidence as conjugate_evidence
-from scenarios import process, radon
 from scenarios import make_tasks as scenario_tasks
+from scenarios import process, radon
 from scipy.stats import norm
 from torch import Tensor
 

@@ -1,0 +1,35 @@
+"""NUTS on the joint density against exact moments, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eight_schools import check_moments, eight_schools, schools
+
+import bayesmeta as bm
+
+
+def test_eight_schools_by_nuts(tmp_path: Path) -> None:
+    fit = bm.fit(eight_schools, schools(), method=bm.NUTS(chains=2), progress=False)
+    check_moments(fit, 2000)
+    assert fit.shared.status == "sampled"
+    fit.save(tmp_path / "fit.bm")
+    loaded = bm.load(tmp_path / "fit.bm", eight_schools)
+    before, after = (f.posterior(schools(), draws=2000) for f in (fit, loaded))
+    assert np.array_equal(before.draws("effect"), after.draws("effect"))
+    assert set(after.method) == {"nuts"}
+    assert dict(after.to_arviz()["posterior"].sizes)["chain"] == 2
+
+
+def test_without_nutpie_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nutpie", None)
+    with pytest.raises(ValueError, match=r"bayesmeta\[nuts\]"):
+        bm.fit(eight_schools, schools(), method=bm.NUTS(chains=1, warmup=5, draws=5), progress=False)
+
+
+def test_lengths_are_whole_numbers() -> None:
+    with pytest.raises(ValueError, match="chains must be a whole number of at least 1, got 0"):
+        bm.NUTS(chains=0)
