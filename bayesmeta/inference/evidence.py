@@ -29,7 +29,7 @@ from bayesmeta.inference.laplace import Modes, find_modes
 
 logger = logging.getLogger("bayesmeta")
 
-NODES = {1: 9, 2: 7, 3: 5}
+NODES = {1: 11, 2: 9, 3: 7}
 """Quadrature nodes a dimension; more dimensions have Laplace's approximation."""
 NEAR = {"quadrature": 1e-3, "Laplace": 3e-5}
 """Newton stops after a step as short as this, in posterior sds: what is left is about its square."""

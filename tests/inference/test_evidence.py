@@ -301,29 +301,6 @@ def unconverged(find: Any) -> Any:
     return lost
 
 
-@pytest.mark.parametrize("size", [2, 10])
-def test_the_damped_search_takes_over_where_plain_newton_fails(
-    size: int, uncompiled: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Heavy tails: at the prior's centre the curvature has the wrong sign."""
-
-    def tails(batch: Batch) -> None:
-        tau = pyro.sample("tau", dist.HalfNormal(3.0))
-        with batch.tasks():
-            a = pyro.sample("a", dist.Normal(0.0, tau).expand([1, 1, size]).to_event(1))
-            with batch.observations():
-                pyro.sample("y", dist.StudentT(2.0, a.sum(-1), 0.1), obs=batch.y)
-
-    tasks = make_tasks({"a": [4.0, 4.2], "b": [-3.0], "c": [0.1, 5.0, 5.1]})
-    searched = []
-    find = evidence.find_modes
-    monkeypatch.setattr(evidence, "find_modes", lambda *a, **k: searched.append(1) or find(*a, **k))
-    function = Evidence(TaskDensity(tails, tasks), tasks)
-    value, gradient, _ = function(theta_at(1.0))
-    assert searched and math.isfinite(float(value))
-    np.testing.assert_allclose(gradient, differences(function, theta_at(1.0)), atol=0.05 if size == 2 else 1e-4)
-
-
 def test_every_chain_has_modes_of_its_own(uncompiled: None) -> None:
     tasks = regressions(1, 3)
     first = Evidence(TaskDensity(counts(1), tasks), tasks)
@@ -332,26 +309,6 @@ def test_every_chain_has_modes_of_its_own(uncompiled: None) -> None:
     assert all(bool((modes == 0).all()) for modes in other._modes)
     other(theta_at(2.0, 1.0))
     assert not torch.equal(first._modes[0], other._modes[0])
-
-
-def test_plain_laplace_moves_tau_where_quadrature_is_right(uncompiled: None) -> None:
-    """300 tasks with one or two small counts: the mean of tau under three evidences on one grid of θ."""
-    rng = np.random.default_rng(1)
-    y = [rng.poisson(np.exp(-0.3 + 0.7 * rng.standard_normal()), 1 + i % 2) for i in range(300)]
-    tasks = Tasks.from_arrays([np.ones((len(k), 1)) for k in y], y)
-    density = TaskDensity(counts(1), tasks)
-    mus, logs = np.linspace(-0.9, 0.3, 19), np.linspace(math.log(0.25), math.log(1.4), 19)
-    z, log_w = nodes_of_hermite(60)
-    found = {}
-    for kind in ("quadrature", "Laplace", "truth"):
-        function = None if kind == "truth" else Evidence(density, tasks, kind=kind)
-        table = np.array([[log_density(function, y, m, s, z, log_w) for s in logs] for m in mus])
-        weight = np.exp(table - table.max()).sum(0)
-        mean = (weight * np.exp(logs)).sum() / weight.sum()
-        found[kind] = mean, math.sqrt((weight * (np.exp(logs) - mean) ** 2).sum() / weight.sum())
-    truth, sd = found["truth"]
-    assert abs(found["quadrature"][0] - truth) < 1e-3 * sd
-    assert abs(found["Laplace"][0] - truth) > 0.1 * sd
 
 
 def nodes_of_hermite(count: int) -> tuple[np.ndarray, np.ndarray]:
