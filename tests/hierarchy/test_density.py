@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from scenarios import Scenario, make_net, make_tasks, network, radon, scenarios
+from scenarios import Scenario, make_net, make_tasks, network, radon, scenarios, supports
 from torch import Tensor
 from torch.distributions import MixtureSameFamily, biject_to
 
@@ -378,3 +378,15 @@ def test_a_model_that_has_been_read_is_read_once_and_untrained_again() -> None:
     with pytest.raises(ValueError, match="read it anew"):
         read(Read(first), scenario.tasks, dtype=torch.float32)
     assert Read(density_of("supports")).density.model is SCENARIOS["supports"].model
+
+
+def test_drawing_from_gamma_and_dirichlet_priors_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Their draws are clamped in place; vmap has no rule for that and says so on the terminal."""
+    read = TaskDensity(supports, make_tasks())
+    theta = torch.zeros(50, read.structure.shared_size, dtype=torch.float64)
+    empty = torch.zeros(50, 4, read.structure.task_size, dtype=torch.float64)
+    data = read.tensors(make_tasks().batch([0, 1, 2, 3]))
+    with torch.no_grad():
+        drawn = read.prior_noise.mapped(theta, empty, data, {}, in_dims=(0, 0, None, None))
+    assert capfd.readouterr() == ("", "") and bool(torch.isfinite(drawn).all())
+    assert set(read.prior_noise.status.values()) == {"recorded"}

@@ -247,17 +247,3 @@ def test_derivatives_do_not_depend_on_strides() -> None:
 
 def pytree_leaves(value: Any) -> list[Tensor]:
     return torch.utils._pytree.tree_leaves(value)
-
-
-def test_mapping_a_gamma_prints_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
-    """Its draws are clamped in place, beside a Dirichlet's, which keeps the graph from being functional."""
-
-    def draw(theta: Tensor) -> Tensor:
-        beside = pyro.distributions.Dirichlet(torch.ones(2, dtype=torch.float64)).sample()
-        return pyro.distributions.Gamma(theta.exp(), 1.0).rsample() + 0 * beside.sum()
-
-    recorded = Recorded(draw, random=True, vary=1)
-    with seeded(0), torch.no_grad():
-        found = recorded.mapped(torch.zeros(4000, 2, dtype=torch.float64), in_dims=(0,))
-    assert capfd.readouterr() == ("", "")
-    assert bool((found > 0).all()) and abs(float(found.mean()) - 1) < 4 / 8000**0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +14,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conjugate import ROWS, TAU, conditional, exact, make_tasks, setting
-from one_dimensional import SQUARES, agrees, answer, density, guides, moments, theta_draws
+from one_dimensional import SQUARES, agrees, answer, counts, density, guides, moments, theta_draws
 from one_dimensional import make_tasks as one_tasks
+from scipy.special import gammaln
 from scipy.stats import gamma, norm
 
 from bayesmeta.data.batch import Batch
@@ -83,9 +86,10 @@ def test_weights_of_theta_come_first() -> None:
     weight = -torch.as_tensor(evidence({"c": ROWS["c"]}, theta[:, 0].numpy()))
     ((drawn, column),) = placed(move_new(read, learned, theta, make_tasks(now), weight), 1)
     mean, covariance = exact({name: y for name, y in ROWS.items() if name != "c"} | now)
-    a = drawn.theta[:, 0] + TAU * drawn.noise[:, column, 0]
-    right = (mean[-2], covariance[-2, -2] ** 0.5)
-    assert agrees((float(a.mean()), float(a.std())), right, DRAWS * drawn.ess[column] / 4)
+    mu, sd = drawn.theta[:, 0], covariance[-1, -1] ** 0.5
+    effective = DRAWS * drawn.ess[column] / 4
+    assert agrees((float(mu.mean()), float(mu.std())), (mean[-1], sd), effective)
+    assert not agrees((exact(ROWS | {"n": now["c"]})[0][-1], sd), (mean[-1], sd), effective)
 
 
 def test_two_modes_of_a_new_task() -> None:
@@ -163,8 +167,60 @@ def test_big_data_move_in_smaller_groups(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_too_few_theta_left_is_said() -> None:
-    """A task that contradicts nearly all draws of θ."""
+    """Tasks far from what θ was: their chains settle, but the nearer one alone keeps enough draws of θ."""
     read, learned, _ = setting(ROWS)
-    tasks = make_tasks({"x": [40.0] * 30})
-    ((drawn, column),) = placed(move_new(read, learned, mu_draws()[:300], tasks, torch.zeros(300, 1).double()), 1)
-    assert drawn.flag[column] == UNSETTLED and drawn.ess[column] < 0.1
+    tasks = make_tasks({"near": [5.0] * 30, "far": [7.5] * 30})
+    parts = move_new(read, learned, mu_draws()[:1000], tasks, torch.zeros(1000, 2).double())
+    (near, _), (far, _) = placed(parts, 2)
+    assert near.flag == [""] and 0.1 < near.ess[0] < 0.25
+    assert far.flag == [UNSETTLED] and far.ess[0] < 0.1
+
+
+def test_theta_is_weighed_where_the_prior_is_whitened_by_its_moments() -> None:
+    """The shape of a gamma prior after one more task; its evidence is a negative binomial's."""
+    rows = {"n": [9.0, 14.0, 11.0]}
+    tasks = one_tasks(rows)
+    read = TaskDensity(rates, tasks)
+    shapes = np.random.default_rng(0).permutation(np.linspace(0.3, 6.0, DRAWS))
+    theta = torch.as_tensor(np.log(shapes)).unsqueeze(1)
+    assert float(read.shared_values(theta[:1])["shape"]) == pytest.approx(shapes[0])
+    learned = Guides(guides().shared, guides().task, dict(read.learned.values))
+    ((drawn, column),) = placed(move_new(read, learned, theta, tasks, torch.zeros(DRAWS, 1).double()), 1)
+    total, count = sum(rows["n"]), len(rows["n"])
+    weight = np.exp(gammaln(shapes + total) - gammaln(shapes) + shapes * np.log(0.5 / (0.5 + count)))
+    weight /= weight.sum()
+    mean = weight @ shapes
+    found = drawn.theta[:, 0].exp()
+    right = (mean, math.sqrt(weight @ (shapes - mean) ** 2))
+    assert agrees((float(found.mean()), float(found.std())), right, DRAWS * drawn.ess[column] / 2)
+    assert not agrees((3.15, 1.0), right, DRAWS * drawn.ess[column] / 2)
+
+
+@pytest.mark.parametrize("model", [counts, rates])
+def test_powers_lead_from_the_prior_to_the_joint(model: Any) -> None:
+    """Value and slope of the target at powers 0, ½ and 1, for priors that are normal in the noise and that are not."""
+    tasks = one_tasks({"a": [2.0, 1.0], "b": [4.0, 0.0]})
+    read = TaskDensity(model, tasks)
+    data, theta = read.tensors(tasks.batch([0, 1])), 0.3 * torch.randn(3, 1, dtype=torch.float64)
+    population = chains._Population(read, guides(), theta, data)
+    pairs = torch.tensor([[0, 2], [1, 1], [2, 1]])
+    noise = torch.randn(3, 2, 1, dtype=torch.float64)
+    for power in (0.0, 0.5, 1.0):
+        value, slope = population.target(pairs, torch.full((2,), power, dtype=torch.float64))(noise)
+        for s, task in itertools.product(range(3), range(2)):
+            part = read.tensors(tasks.batch([task]))
+            joint = functools.partial(powered, read, theta[pairs[s, task]], part, power)
+            with torch.enable_grad():
+                point = noise[s, task].clone().requires_grad_()
+                (right,) = torch.autograd.grad(joint(point), point)
+            torch.testing.assert_close(slope[s, task], right)
+            moved = noise.clone()
+            moved[s, task] = 0.7
+            rise = population.target(pairs, torch.full((2,), power).double())(moved)[0] - value
+            torch.testing.assert_close(rise[s, task], joint(moved[s, task]) - joint(noise[s, task]))
+
+
+def powered(read: TaskDensity, theta: torch.Tensor, data: Any, power: float, noise: torch.Tensor) -> torch.Tensor:
+    """Log prior and so much of the log likelihood of one task."""
+    prior, rows = read.log_parts(theta, noise.unsqueeze(0), data, {})
+    return (prior + power * rows).sum()

@@ -117,6 +117,10 @@ def heavy(phi: torch.Tensor, batch: Batch) -> None:
     pyro.sample("y", dist.StudentT(30.0, phi, 0.5), obs=batch.y)
 
 
+def nearly_normal(phi: torch.Tensor, batch: Batch) -> None:
+    pyro.sample("y", dist.StudentT(1e6, phi, 0.5), obs=batch.y)
+
+
 REFUSED = {
     "a Laplace prior": custom(lambda: dist.Laplace(0.0, 1.0), normal),
     "a Student prior": custom(lambda: dist.StudentT(50.0, 0.0, 1.0), normal),
@@ -126,6 +130,7 @@ REFUSED = {
     "Huber's likelihood": custom(lambda: dist.Normal(0.0, 1.0), huber),
     "censored labels": custom(lambda: dist.Normal(0.0, 1.0), censored),
     "a Student likelihood": custom(lambda: dist.Normal(0.0, 1.0), heavy),
+    "a Student likelihood of a million degrees": custom(lambda: dist.Normal(0.0, 1.0), nearly_normal),
 }
 
 

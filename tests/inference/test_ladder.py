@@ -87,18 +87,20 @@ def test_new_tasks_that_the_guide_misses(refine: str, method: str) -> None:
 
 @pytest.mark.parametrize("refine", ["none", "auto", "laplace", "nuts"])
 def test_a_replaced_task_on_every_rung(refine: str) -> None:
-    """With refine="none" the guide is weighed all the same, so it must be a fair one."""
-    now = {"e": [0.0] * 4}
-    rest = {name: y for name, y in COUNTS.items() if name != "e"}
-    wide = guides(Missing(-0.5, 1.0)) if refine == "none" else guides()
+    """With refine="none" the guide is weighed all the same: a fair one. Did θ keep the old rows, it would show."""
+    now = {"c": [2.0, 1.0, 3.0]}
+    rest = {name: y for name, y in COUNTS.items() if name != "c"}
     theta = theta_draws("counts", COUNTS, DRAWS)
-    old = make_tasks({"e": COUNTS["e"]})
-    parts = climb(density("counts"), wide, theta, make_tasks(now), known=False, refine=refine, replaced=old)
+    fair = ladder.LaplaceGuide.around(theta)
+    fair.attach(density("counts"), make_tasks(now))
+    learned = guides(fair if refine == "none" else None)
+    old = make_tasks({"c": COUNTS["c"]})
+    parts = climb(density("counts"), learned, theta, make_tasks(now), known=False, refine=refine, replaced=old)
     ((drawn, column),) = placed(parts, 1)
-    right = answer("counts", rest | now, now["e"])
+    right, kept = answer("counts", rest | now, now["c"]), answer("counts", COUNTS | {"new": now["c"]}, now["c"])
     assert drawn.flag[column] == ""
     assert agrees(moments("counts", drawn, column), right, DRAWS * drawn.ess[column] / 4)
-    assert not agrees(answer("counts", COUNTS, now["e"]), right, DRAWS * drawn.ess[column] / 4)
+    assert not agrees(kept, right, DRAWS * drawn.ess[column] / 4)
 
 
 def test_gaussian_tasks_are_answered_in_closed_form() -> None:
