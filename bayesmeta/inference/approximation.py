@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Standard deviation over θ of the marginal's error: what both halves agree on; infinite where one has failed."""
+        """Standard deviation over θ of the marginal's error: what both halves agree on, infinite where one fails."""
         if not bool(torch.isfinite(self.ratios).all()):
             return math.inf
         first, second = self.ratios - self.ratios.mean(1, keepdim=True)
