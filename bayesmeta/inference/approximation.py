@@ -52,11 +52,13 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Standard deviation over θ of the marginal's error: what both halves agree on, infinite where one fails."""
+        """Standard deviation over θ of the marginal's error: what both halves agree on beyond chance, or infinity."""
         if not bool(torch.isfinite(self.ratios).all()):
             return math.inf
+        count = self.ratios.shape[1]
         first, second = self.ratios - self.ratios.mean(1, keepdim=True)
-        return math.sqrt(max(0.0, float((first * second).sum()) / (len(first) - 1)))
+        chance = 2 * 2 * self.noise**2 / math.sqrt(count)
+        return math.sqrt(max(0.0, float((first * second).sum()) / (count - 1) - chance))
 
     @property
     def noise(self) -> float:

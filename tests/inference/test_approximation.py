@@ -173,3 +173,10 @@ def test_noise_is_no_error_and_numbers_that_are_missing_are() -> None:
     assert found.error == pytest.approx(2.0, rel=0.05)
     assert found.noise == pytest.approx(0.5 / math.sqrt(2), rel=0.05)
     assert Comparison(torch.tensor([[0.0, math.nan], [0.0, 1.0]])).error == math.inf
+
+
+def test_independent_halves_agree_on_nothing() -> None:
+    """Noise alone is no error: with many tasks it would be multiplied by their number."""
+    generator = torch.Generator().manual_seed(0)
+    errors = [Comparison(torch.randn(2, 64, generator=generator)).error for _ in range(200)]
+    assert np.mean(np.array(errors) > 0) < 0.06
