@@ -84,6 +84,7 @@ def test_no_shared_parameters() -> None:
 def test_single_precision_is_inferred_in_double() -> None:
     mean, covariance = exact(ROWS)
     fit = bm.fit(centre, make_tasks(ROWS), method=bm.Marginal(shared="normal"), dtype=torch.float32, progress=False)
+    assert fit.history.stages[0]["kind"] == "closed form", "in float32 no task passes for Gaussian"
     answer = mean[-1], covariance[-1, -1] ** 0.5
     assert close(fit.shared.mean("mu"), fit.shared.sd("mu"), answer, 4000 * fit.shared.ess)
     assert fit.posterior(make_tasks(ROWS), draws=20).draws("a").shape == (20, 5)
