@@ -52,9 +52,13 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Standard deviation over θ of the marginal's error: what both halves agree on."""
+        """Standard deviation over θ of the marginal's error: what both halves agree on beyond chance, or infinity."""
+        if not bool(torch.isfinite(self.ratios).all()):
+            return math.inf
+        count = self.ratios.shape[1]
         first, second = self.ratios - self.ratios.mean(1, keepdim=True)
-        return math.sqrt(max(0.0, float((first * second).sum()) / (len(first) - 1)))
+        chance = 2 * 2 * self.noise**2 / math.sqrt(count)
+        return math.sqrt(max(0.0, float((first * second).sum()) / (count - 1) - chance))
 
     @property
     def noise(self) -> float:
@@ -76,7 +80,10 @@ def assess(density: TaskDensity, evidence: Evidence, tasks: Tasks, shared: Share
 
 def mended(density: TaskDensity, evidence: Evidence, tasks: Tasks, shared: SharedDraws) -> SharedDraws:
     """Weighs at most 1,000 draws of θ by what the marginal's evidence is off; where that fails, "uncorrected"."""
-    theta = resample_theta(shared, min(REWEIGHED, len(shared.theta)))
+    affordable = BUDGET // (2 * CANDIDATES * len(tasks))
+    if affordable < LOOKED_AT:
+        return replace(shared, khat=math.inf, ess=math.nan, status="uncorrected")
+    theta = resample_theta(shared, min(REWEIGHED, affordable, len(shared.theta)))
     found = compare(density, evidence, tasks, theta)
     better = weighed(theta, found.ratios.mean(0))
     if better.status == "corrected" and found.noise <= MOST_NOISE:

@@ -89,6 +89,7 @@ class Collected:
 
     Attributes:
         blocks: The tasks, few of them in one block.
+        elements: Rows × points, what one evaluation costs.
         order: Position of each task when the pieces of all blocks follow each other `(T,)`.
         values: The learned values that the model starts with.
     """
@@ -99,6 +100,7 @@ class Collected:
         sizes = np.asarray(tasks.sizes)
         groups = _groups(sizes, points, exact=density.structure.exact_size)
         self._theta = density.initial_theta()
+        self.elements = points * int(np.maximum(sizes, 1).sum())
         self.blocks = [Block(tuple(self._piece(tasks, index) for index in block)) for block in groups]
         self.order = torch.as_tensor(np.concatenate(list(itertools.chain(*groups)))).argsort()
         self._prior = self._joint(tasks[groups[0][0][:1]])

@@ -83,12 +83,12 @@ def correct_shared(
 
 
 def weigh_shared(
-    shared: SharedPosterior, score: Callable[[Tensor], Tensor], *, draws: int, affordable: int
+    shared: SharedPosterior, score: Callable[[Tensor], Tensor], *, draws: int, affordable: int, adapt: bool = True
 ) -> SharedDraws:
     """Weighs draws of θ by their log density `score` `(S, d_theta) -> (S,)`, twice: the first time to adapt."""
     first = shared.sample(max(MIN_DRAWS, min(draws // 4, affordable)), wide=True)
     log_weight = score(first) - shared.log_prob(first, wide=True)
-    if not _usable(log_weight, first.shape[1]):
+    if not adapt or not _usable(log_weight, first.shape[1]):
         return weighed(first, log_weight)
     proposal = Adapted(first, log_weight)
     theta = proposal.sample(max(MIN_DRAWS, min(draws, affordable)))

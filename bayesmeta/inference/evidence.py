@@ -73,6 +73,11 @@ class Evidence:
         return other
 
     @property
+    def elements(self) -> int:
+        """Rows × points a task: what one evaluation costs."""
+        return self._collected.elements
+
+    @property
     def values(self) -> dict[str, Tensor]:
         """The learned values that the model started with."""
         return self._collected.values

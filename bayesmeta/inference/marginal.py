@@ -20,7 +20,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.approximation import TOLERATED, assess, mended
 from bayesmeta.inference.collected import in_double
-from bayesmeta.inference.correction import SharedDraws, weigh_shared
+from bayesmeta.inference.correction import MIN_DRAWS, SharedDraws, weigh_shared
 from bayesmeta.inference.evidence import Evidence, kind_of
 from bayesmeta.inference.exact import are_gaussian
 from bayesmeta.inference.methods import Inferred
@@ -32,8 +32,8 @@ from bayesmeta.inference.training import History
 SHARED = ("nuts", "normal", "map")
 TRIED = 0.3
 """θ at which tasks are tested for being Gaussian are normal around the prior's centre with this sd, in prior units."""
-WEIGHED_TASKS = 40_000_000
-"""Bound on draws of θ × tasks, where a normal is corrected."""
+WEIGHED_ELEMENTS = 4_000_000_000
+"""Bound on draws of θ × rows × points a task, where a normal is corrected."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Marginal:
         if self.shared == "nuts":
             shared = self._sampled(precise, evidence, mode, progress)
         else:
-            shared, tried = self._fitted(evidence, mode, len(tasks))
+            shared, tried = self._fitted(evidence, mode)
         record: dict[str, Any] = {"kind": evidence.kind, "error": 0.0, "noise": 0.0}
         if kind != "closed form" and density.structure.shared_size:
             record |= assess(precise, evidence, tasks, tried or shared)
@@ -113,7 +113,7 @@ class Marginal:
         drawn = sample(make, lambda: signed.position(starts(1)[0]), progress=progress, view=signed.view, **lengths)
         return from_chains(torch.as_tensor(drawn.draws).flatten(0, 1), drawn)
 
-    def _fitted(self, evidence: Evidence, mode: Mode, tasks: int) -> tuple[SharedDraws, SharedDraws | None]:
+    def _fitted(self, evidence: Evidence, mode: Mode) -> tuple[SharedDraws, SharedDraws | None]:
         """The draws of θ, and others at which a point estimate's evidence is looked at."""
         count, values = self.chains * self.draws, list(mode.values.values())
         if self.shared == "map":
@@ -126,7 +126,9 @@ class Marginal:
         with torch.no_grad():
             if not len(mode.theta):
                 return _equal(mode.theta.expand(count, -1), "sampled"), None
-            return weigh_shared(mode.shared(), score, draws=count, affordable=WEIGHED_TASKS // tasks), None
+            most = WEIGHED_ELEMENTS // evidence.elements
+            adapt = most >= 2 * MIN_DRAWS
+            return weigh_shared(mode.shared(), score, draws=count, affordable=most, adapt=adapt), None
 
 
 def _equal(theta: Tensor, status: str) -> SharedDraws:

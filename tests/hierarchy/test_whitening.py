@@ -241,3 +241,20 @@ def test_interior_of_the_real_line_and_of_unknown_supports_is_none() -> None:
     assert whitening.interior(constraints.real_vector, torch.Size([2, 3])) is None
     assert whitening.interior(constraints.one_hot, torch.Size([2, 3])) is None
     assert whitening.interior(constraints.positive_definite, torch.Size([3, 3])) is None
+
+
+@pytest.mark.parametrize(
+    ("fn", "even"),
+    [
+        (dist.HalfNormal(2.0), True),
+        (dist.HalfCauchy(1.0).expand([3]).to_event(1), True),
+        (dist.ImproperUniform(constraints.positive, (), (2,)), True),
+        (dist.ImproperUniform(constraints.real, (), ()), False),
+        (dist.Exponential(1.0), False),
+        (dist.Gamma(2.0, 1.0), False),
+        (dist.LogNormal(0.0, 1.0), False),
+        (dist.Normal(0.0, 1.0), False),
+    ],
+)
+def test_priors_that_are_half_of_an_even_density(fn: Any, even: bool) -> None:
+    assert whitening.is_even(fn) is even

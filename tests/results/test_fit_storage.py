@@ -13,6 +13,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.inference.amortized import Amortized, build_guides
 from bayesmeta.inference.correction import SharedDraws
+from bayesmeta.inference.nuts import NUTS
 from bayesmeta.inference.training import History
 from bayesmeta.results.fit_storage import FileCheckpoint, FitState, load_fit, save_fit
 from bayesmeta.results.training_tasks import TrainingTasks
@@ -90,3 +91,26 @@ def test_a_checkpoint_brings_back_state_history_and_generator(tmp_path: Path) ->
         assert torch.equal(torch.rand(3), expected)
     assert history.steps == state.history.steps
     assert all(torch.equal(v, other.task.state_dict()[k]) for k, v in state.guides.task.state_dict().items())
+
+
+def test_chains_and_their_diagnostics_are_stored(tmp_path: Path) -> None:
+    scenario = scenarios()[0]
+    state = untrained(scenario)
+    method = NUTS(chains=2, warmup=3, draws=10)
+    state.options, state.guides = method, method.build(state.density, scenario.tasks)
+    noise = torch.randn(20, len(scenario.tasks), state.density.structure.task_size, dtype=torch.float64)
+    stats = {"lp": np.random.default_rng(0).normal(size=(2, 10)), "diverging": np.zeros((2, 10), dtype=bool)}
+    state.shared = SharedDraws(state.shared.theta, np.full(20, -np.log(20)), 0.0, 0.4, "sampled", 2, stats, noise)
+    save_fit(tmp_path / "fit.bm", state, data=True)
+    again = load_fit(tmp_path / "fit.bm", scenario.model, kinds={"nuts": NUTS})
+    assert again.options == method and again.shared.chains == 2 and again.shared.status == "sampled"
+    assert again.shared.noise is not None and torch.equal(again.shared.noise, noise)
+    assert {k: v.dtype for k, v in again.shared.stats.items()} == {k: v.dtype for k, v in stats.items()}
+    assert all(np.array_equal(values, again.shared.stats[name]) for name, values in stats.items())
+
+
+def test_draws_without_chains_have_none_after_reading(tmp_path: Path) -> None:
+    scenario = scenarios()[0]
+    save_fit(tmp_path / "fit.bm", untrained(scenario), data=True)
+    again = load_fit(tmp_path / "fit.bm", scenario.model, kinds=KINDS)
+    assert again.shared.chains == 0 and again.shared.stats == {} and again.shared.noise is None

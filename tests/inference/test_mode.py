@@ -1,0 +1,111 @@
+"""The mode of θ and the normal around it, in a model where both are formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conjugate import ROWS, centre, exact, make_tasks
+from torch import Tensor
+
+from bayesmeta.data.batch import Batch
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import collected
+from bayesmeta.inference.evidence import Evidence
+from bayesmeta.inference.mode import Mode, normal_at
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collected, "compile_graph", lambda graph, leaves: graph)
+
+
+def found(model: Any, rows: dict[str, Any]) -> Mode:
+    tasks = make_tasks(rows)
+    density = TaskDensity(model, tasks)
+    mode = Mode(density, Evidence(density, tasks, kind="closed form"))
+    mode.find()
+    return mode
+
+
+def test_mode_and_normal_of_a_gaussian_model_are_exact() -> None:
+    mean, covariance = exact(ROWS)
+    mode = found(centre, ROWS)
+    assert float(mode.theta) == pytest.approx(mean[-1], abs=1e-6)
+    loc, sd = mode.shared().centre()
+    assert float(loc) == pytest.approx(mean[-1], abs=1e-6)
+    assert float(sd) == pytest.approx(covariance[-1, -1] ** 0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e4])
+def test_flat_priors_and_any_unit(unit: float) -> None:
+    """The mode of (mu, log tau, log sigma) moves with the unit, and the sds of the logarithms do not."""
+
+    def flat(batch: Batch) -> None:
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        tau = pyro.sample("tau", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        sigma = pyro.sample("sigma", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        with batch.tasks():
+            a = pyro.sample("a", dist.Normal(mu, tau))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(a, sigma), obs=batch.y)
+
+    base = found(flat, ROWS)
+    other = found(flat, {name: unit * np.asarray(y) for name, y in ROWS.items()})
+    shift = torch.tensor([0.0, math.log(unit), math.log(unit)], dtype=torch.float64)
+    expected = torch.cat([unit * base.theta[:1], base.theta[1:] + shift[1:]])
+    torch.testing.assert_close(other.theta, expected, rtol=1e-4, atol=1e-4 * unit if unit < 1 else 1e-4)
+    scale = torch.tensor([unit, 1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(other.shared().centre()[1], scale * base.shared().centre()[1], rtol=1e-3, atol=0)
+
+
+def test_another_start_where_the_density_is_not_finite_at_the_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = make_tasks(ROWS)
+    density = TaskDensity(centre, tasks)
+    evidence = Evidence(density, tasks, kind="closed form")
+    mode = Mode(density, Holed(evidence, 0.0))  # type: ignore[arg-type]
+    mode.find()
+    assert float(mode.theta) == pytest.approx(exact(ROWS)[0][-1], abs=1e-5)
+
+
+class Holed:
+    """An evidence that is NaN within 1e-3 of a point."""
+
+    def __init__(self, evidence: Evidence, hole: float) -> None:
+        self._evidence, self._hole, self.values = evidence, hole, evidence.values
+
+    def __call__(self, theta: Tensor, values: Any = ()) -> Any:
+        value, gradient, others = self._evidence(theta, values)
+        inside = abs(float(theta) - self._hole) < 1e-3
+        return (
+            (torch.full_like(value, math.nan), torch.zeros_like(gradient), others)
+            if inside
+            else (value, gradient, others)
+        )
+
+
+def test_a_density_that_is_never_finite_is_an_error() -> None:
+    tasks = make_tasks(ROWS)
+    density = TaskDensity(centre, tasks)
+
+    class Nowhere(Holed):
+        def __call__(self, theta: Tensor, values: Any = ()) -> Any:
+            return torch.tensor(math.nan), torch.zeros_like(theta), []
+
+    with pytest.raises(ValueError, match="no mode that Newton's steps find; check the data and the priors, or use"):
+        Mode(density, Nowhere(Evidence(density, tasks, kind="closed form"), 0.0)).find()  # type: ignore[arg-type]
+
+
+def test_a_normal_from_its_covariance() -> None:
+    covariance = torch.tensor([[4.0, 1.2, 0.0], [1.2, 1.0, -0.3], [0.0, -0.3, 2.0]], dtype=torch.float64)
+    loc = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    shared = normal_at(loc, covariance)
+    torch.testing.assert_close(shared.factor() @ shared.factor().mT, covariance)
+    truth = torch.distributions.MultivariateNormal(loc, covariance)
+    at = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(shared.log_prob(at), truth.log_prob(at))
