@@ -241,7 +241,7 @@ class Fit:
         if like is not None:
             check_tasks("like", like)
         chosen = self._training.table.copies([0], names=["new task"]) if like is None else like.aligned(schema)
-        empty, _ = chosen.context_target(context=0, seed=0)
+        empty = chosen.without_rows()
         with seeded(seed), torch.no_grad():
             theta = resample_theta(self._shared, draws)
             drawn = draw_empty(self._density, self._guides, theta, empty, joint=True)

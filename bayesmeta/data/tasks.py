@@ -252,6 +252,10 @@ class Tasks:
         """Splits the rows by a bool mask `(R,)`: those where it is True, and the others."""
         return self._with(take_rows(self._data, keep)), self._with(take_rows(self._data, ~keep))
 
+    def without_rows(self) -> Tasks:
+        """Returns the same tasks with their task columns, and no rows."""
+        return self.split_rows(torch.zeros(len(self.y), dtype=torch.bool))[0]
+
     def _with(self, data: Ragged) -> Tasks:
         return Tasks(data, self._origin, self._index)
 

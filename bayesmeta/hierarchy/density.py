@@ -84,6 +84,14 @@ class TaskDensity:
         copied.learned = replace(self.learned, values=dict(self._untrained))
         return copied
 
+    @functools.cached_property
+    def values_read_rows(self) -> bool:
+        """Whether values of task sites may depend on the rows of a task."""
+        noise = torch.zeros(1, self.structure.task_size, dtype=self.dtype)
+        read = self.constrain.reads(self.initial_theta(), noise, self._probe_tensors, dict(self.learned.values))[2]
+        rows = [key for key in read if key != "task_weight" and not key.startswith("task_column:")]
+        return self.structure.exact_size or any(read[key] for key in rows)
+
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         """The tensors of a batch as the model's functions take them: floating ones in `dtype`."""
         return {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in batch.tensors.items()}

@@ -141,14 +141,14 @@ class Fixed:
         one = torch.linspace(0.5 * self._centre, 1.5 * self._centre, event.numel()).reshape(event)
         if not batch_dims:
             return one
-        return one * (1.0 + 0.5 * torch.arange(shape[0])).reshape(-1, *[1] * (len(shape) - 1))
+        return one * (1.0 + 0.5 * torch.arange(shape[0]).flip(0)).reshape(-1, *[1] * (len(shape) - 1))
 
     def shared(self, name: str, fn: dist.TorchDistribution) -> tuple[Tensor, Tensor, Tensor]:
         """Constrains the fixed coordinates."""
         return _constrain(fn, self._at(_unconstrained_shape(fn), 0))
 
     def task(self, name: str, fn: dist.TorchDistribution, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps the fixed noise, which the first task of any batch shares."""
+        """Maps the fixed noise, which the last task of any batch shares."""
         value, log_prior = whitening.whiten(fn, self._at(_unconstrained_shape(fn), whitening.BATCH_DIMS))
         return value, log_prior, torch.zeros_like(log_prior)
 

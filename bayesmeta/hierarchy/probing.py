@@ -72,7 +72,7 @@ def probe(run: Run, tasks: Tasks, structure: Structure, dtype: torch.dtype) -> d
     """
     small, large = _small_and_large(tasks)
     rows = max(1, int(tasks.sizes[large]))
-    pair, padded = attempt(run, [small, large], rows), attempt(run, [small, large], rows + 1)
+    pair, padded = attempt(run, [large, small], rows), attempt(run, [large, small], rows + 1)
     alone = attempt(run, [small], rows)
     own = attempt(run, [small], max(1, int(tasks.sizes[small])))
     for other in (pair, padded, alone):
@@ -80,7 +80,7 @@ def probe(run: Run, tasks: Tasks, structure: Structure, dtype: torch.dtype) -> d
     tolerance = _TOLERANCE.get(dtype, 1e-4)
     same = functools.partial(torch.allclose, rtol=tolerance, atol=tolerance, equal_nan=True)
     _check_shared(pair, padded, alone, same)
-    if not same(pair.log_task()[:1], alone.log_task()):
+    if not same(pair.log_task()[-1:], alone.log_task()):
         raise ValueError(
             "the density of one task depends on the other tasks of the batch (a mean or a normalisation over tasks?); "
             "every task must stand alone: pass such numbers as a task column (task_columns=)"

@@ -240,6 +240,15 @@ class Recorded:
             self._graphs[key] = self._record(key, *pytree.tree_flatten(args))
         return self._graphs[key]
 
+    def reads(self, *args: Any) -> Any:
+        """Which leaves of `args` the function looks at, a pytree of bools; all of them where it runs eagerly."""
+        graph = self.graph(*args)
+        _, spec = pytree.tree_flatten(args)
+        used = [True] * spec.num_leaves
+        if isinstance(graph, torch.fx.GraphModule):
+            used = [bool(node.users) for node in graph.graph.nodes if node.op == "placeholder"]
+        return pytree.tree_unflatten(used, spec)
+
     def eager(self, *args: Any) -> Any:
         """Runs the original function."""
         with self._context():

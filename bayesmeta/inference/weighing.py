@@ -27,6 +27,8 @@ EFFECTIVE_CANDIDATES = 16
 """Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
 MAX_CANDIDATES = COUNTS[-1]
 PILOT_THETA = 64
+SMOOTHED_TOGETHER = 256
+"""Tasks whose weights are smoothed at once: temporary arrays of all tasks fall out of the cache."""
 
 
 @dataclass
@@ -124,15 +126,12 @@ def weigh_new(
     raw = drawn.log_weight
     if replaced is not None:
         raw = raw - log_evidence(density, guides, replaced, theta, per_theta=EFFECTIVE_CANDIDATES)
-    smoothed, khat = psis.smooth(raw.numpy().T)
-    ess = psis.relative_ess(raw.numpy().T)
-    generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    index = psis.resample(smoothed, len(theta), generator).T
+    log_weight, index, khat, ess = _smoothed(raw.numpy())
     flag = _flags(khat, ess, len(theta))
     if guides.task.method == "exact":
         khat = np.where([not text for text in flag], 0.0, khat)
     method = [guides.task.method] * len(tasks)
-    return TaskDraws(theta, drawn.noise, smoothed.T, index, khat, ess, method, flag, joint=False)
+    return TaskDraws(theta, drawn.noise, log_weight, index, khat, ess, method, flag, joint=False)
 
 
 def draw_empty(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:
@@ -197,6 +196,20 @@ def _diagnose(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """k̂ and relative ESS of each task from log weights `(K, T)`."""
     _, khat = psis.smooth(log_weight.T)
     return khat, psis.relative_ess(log_weight.T)
+
+
+def _smoothed(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Smoothed log weights and resampled indices `(S, T)`, k̂ and relative ESS `(T,)` of log weights `(S, T)`."""
+    generator = np.random.default_rng(int(torch.randint(2**62, ())))
+    log_weight, index = np.empty(raw.shape[::-1]), np.empty(raw.shape[::-1], dtype=np.int64)
+    khat, ess = np.empty(raw.shape[1]), np.empty(raw.shape[1])
+    for start in range(0, raw.shape[1], SMOOTHED_TOGETHER):
+        some = slice(start, start + SMOOTHED_TOGETHER)
+        weights = np.ascontiguousarray(raw[:, some].T)
+        log_weight[some], khat[some] = psis.smooth(weights)
+        ess[some] = psis.relative_ess(weights)
+        index[some] = psis.resample(log_weight[some], len(raw), generator)
+    return log_weight.T, index.T, khat, ess
 
 
 def _flags(khat: np.ndarray, ess: np.ndarray, count: int) -> list[str]:

@@ -267,8 +267,9 @@ def constrained(density: TaskDensity, tasks: Tasks, theta: Tensor, noise: Tensor
     """Values of all task sites for draws θ `(K, d_theta)` and noise `(K, T, d)`: `{site: (K, T, *event)}`."""
     found: dict[str, np.ndarray] = {}
     values = dict(density.learned.values)
+    tasks = tasks if density.values_read_rows else tasks.without_rows()
     with torch.no_grad():
-        for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
+        for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True):
             data = density.tensors(chunk.batch)
             filled = torch.as_tensor(np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge"))
             for place, part in theta_chunks(theta, chunk.batch):

@@ -90,6 +90,7 @@ def test_context_and_target(tasks: Tasks) -> None:
     again = tasks.context_target(context=1, seed=0)[0]
     assert torch.equal(again.y, context.y)
     none, everything = tasks.context_target(context=0, seed=0)
+    assert tasks.without_rows().fingerprints() == none.fingerprints()
     assert none.sizes.tolist() == [0, 0, 0] and torch.equal(everything.y, tasks.y)
     assert none.batch([0, 1]).y.tolist() == [[2], [2]] and not none.batch([0]).mask.any()
     assert tasks.context_target(context=1.0, seed=0)[1].sizes.tolist() == [0, 0, 0]

@@ -10,6 +10,7 @@ import torch
 from scenarios import make_tasks
 from torch import Tensor
 
+import bayesmeta as bm
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
@@ -98,11 +99,10 @@ def test_shared_priors_must_not_see_the_data() -> None:
     assert refused(model, "let shared priors use constants only")
 
 
-def test_tasks_must_not_see_each_other() -> None:
-    assert refused(
-        with_mean(lambda phi, batch: phi - phi.mean(0)),
-        "the density of one task depends on the other tasks of the batch",
-    )
+@pytest.mark.parametrize("seen", [lambda phi, batch: phi.mean(0), lambda phi, batch: batch.x[:1, :1, 0]])
+def test_tasks_must_not_see_each_other(seen: Callable[[Tensor, Batch], Tensor]) -> None:
+    text = "the density of one task depends on the other tasks of the batch"
+    assert refused(with_mean(lambda phi, batch: phi - seen(phi, batch)), text)
 
 
 def test_sites_must_not_change_from_batch_to_batch() -> None:
@@ -137,6 +137,25 @@ def test_values_of_rows_are_not_values_of_a_task() -> None:
 
     for sizes in ((1, 1, 1), (3, 1, 0, 4), (1,)):
         assert TaskDensity(model, make_tasks(sizes=sizes)).structure.task_values == ("phi", "twice")
+
+
+@pytest.mark.parametrize("reading", ["nothing", "task column", "x", "size"])
+def test_what_reads_rows_is_known_whatever_the_rows_are(reading: str) -> None:
+    def model(batch: Batch) -> None:
+        seen = {
+            "nothing": lambda: 0.0,
+            "task column": lambda: batch["u"],
+            "x": lambda: batch.x[:, :1],
+            "size": lambda: batch.n.unsqueeze(-1).double(),
+        }[reading]()
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(seen, 1.0))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(phi + batch.x, 1.0), obs=batch.y)
+
+    y = [[0.1, 0.2], [0.3]]
+    tasks = bm.Tasks.from_arrays([np.ones(2), np.ones(1)], y, task_columns={"u": [1.0, 2.0]})
+    assert TaskDensity(model, tasks).values_read_rows == (reading in ("x", "size"))
 
 
 def test_single_and_empty_tasks_can_be_read() -> None:

@@ -175,6 +175,24 @@ def test_values_do_not_depend_on_how_work_is_cut(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(whole, (theta + noise[..., 0]).numpy())
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_values_of_many_tasks_with_and_without_the_rows_in_them(reads: bool) -> None:
+    def model(batch: Batch) -> None:
+        offset = batch.x[:, :1] if reads else batch["u"]
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(offset, 1.0))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(phi, 1.0), obs=batch.y)
+
+    sizes = [1, 9, 2, 3, 17, 1, 4]
+    at = [float(i) for i in range(len(sizes))]
+    x, y = [np.full(n, u) for u, n in zip(at, sizes, strict=True)], [np.zeros(n) for n in sizes]
+    tasks = bm.Tasks.from_arrays(x, y, task_columns={"u": at})
+    noise = torch.randn(6, len(sizes), 1, dtype=torch.float64)
+    found = constrained(TaskDensity(model, tasks), tasks, torch.zeros(6, 0, dtype=torch.float64), noise)["phi"]
+    np.testing.assert_allclose(found, noise[..., 0].numpy() + np.array(at))
+
+
 def shared_of(status: str = "corrected") -> Shared:
     theta = torch.tensor([[0.0], [1.0], [4.0]], dtype=torch.float64)
     return Shared(density(), SharedDraws(theta, np.log([0.5, 0.25, 0.25]), 0.3, 0.6, status), seed=0)
