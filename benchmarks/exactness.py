@@ -1,4 +1,7 @@
-"""Posteriors of the radon models against exact ones: `python -m benchmarks.exactness [--draws 20000] [--seed 0]`."""
+"""Posteriors of five published models against exact ones: `python -m benchmarks.exactness [--help]`.
+
+Sampled posteriors (marginal, nuts) are held against Monte Carlo errors, amortized ones against fixed bounds.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,11 @@ import numpy as np
 import torch
 
 import bayesmeta as bm
-from benchmarks.radon_models import counties, exact, exact_tasks, intercepts, slopes
+from benchmarks.exact_posteriors import POSTERIORS, Agreement, agreements
 
-SHARED_SLOPES = {
-    "mu_alpha": ("mu", 0),
-    "mu_beta": ("mu", 1),
-    "sigma_alpha": ("tau", 0),
-    "sigma_beta": ("tau", 1),
-    "sigma_y": ("sigma_y", ...),
-}
-SHARED_INTERCEPTS = {name: (name, ...) for name in ("mu_alpha", "sigma_alpha", "beta", "sigma_y")}
-
-
-def report_tasks(post: bm.Posterior, moments: np.ndarray, site: str) -> dict[str, float]:
-    """Errors of task parameters in exact posterior sds."""
-    shape = moments[0].shape
-    mean, sd = post.mean(site).reshape(shape), post.sd(site).reshape(shape)
-    error, ratio = (mean - moments[0]) / moments[1], sd / moments[1]
-    result = {"rms error of means": float(np.sqrt((error**2).mean()))}
-    result |= {"lowest sd ratio": float(ratio.min()), "highest sd ratio": float(ratio.max())}
-    return result | {"flagged": float((post.flag != "").sum()), "highest khat": float(post.khat.max())}
-
-
-def report_shared(fit: bm.Fit, moments: dict[str, tuple[float, float]], names: dict[str, tuple]) -> dict[str, float]:
-    """Largest error of the shared means in exact sds, and the extreme sd ratios."""
-    errors, ratios = [], []
-    for name, (site, at) in names.items():
-        mean, sd = moments[name]
-        errors.append(abs(fit.shared.mean(site)[at] - mean) / sd)
-        ratios.append(fit.shared.sd(site)[at] / sd)
-    result = {"worst shared mean": float(np.max(errors)), "theta ess": fit.shared.ess, "theta khat": fit.shared.khat}
-    return result | {"lowest shared sd ratio": float(np.min(ratios)), "highest shared sd ratio": float(np.max(ratios))}
+CHAINS = 2
+MANY = 80
+"""Parameters from which the root mean square of their z scores says something."""
 
 
 def conditional_draws(theta: dict[str, np.ndarray], tasks: bm.Tasks, seed: int) -> np.ndarray:
@@ -76,33 +53,94 @@ def report_pairs(post: bm.Posterior, tasks: bm.Tasks, seed: int) -> dict[str, fl
     }
 
 
-def run(name: str, seed: int, draws: int) -> dict[str, float]:
-    """Fits one model on all counties and reports every figure."""
-    tasks = counties()
-    with_slopes = name == "slopes"
-    moments = exact("radon_mn_variable_intercept_slope" if with_slopes else "radon_mn_variable_intercept")
+Line = tuple[str, str, str, bool]
+"""What, its value, its bar, and whether it holds."""
+
+
+def show(lines: list[Line]) -> None:
+    """Prints figures, and which are missed."""
+    for label, value, bar, holds in lines:
+        print(f"  {label:32s} {value:>13s} (bar {bar}){'' if holds else '   MISSED'}")
+
+
+def report_sampled(found: dict[str, Agreement]) -> None:
+    """Prints errors in Monte Carlo errors."""
+    every = list(found.values())
+    z, ratios = np.array([one.z for one in every]), np.array([one.ratio for one in every])
+    means, sds = sum(not one.mean_agrees for one in every), sum(not one.sd_agrees for one in every)
+    lines: list[Line] = [("means off by more than 4 MCSE", str(means), "0", not means)]
+    lines.append(("sds off by max(2 %, 4 MCSE)", str(sds), "0", not sds))
+    if len(every) >= MANY:
+        rms = float(np.sqrt((z**2).mean()))
+        lines.append(("rms of z", f"{rms:.2f}", ".8-1.2", 0.8 <= rms <= 1.2))
+    show(lines)
+    print(f"  worst z {np.abs(z).max():.2f}, sd ratios {ratios.min():.3f}-{ratios.max():.3f}")
+
+
+def report_amortized(found: dict[str, Agreement], shared: tuple[str, ...], fit: bm.Fit, post: bm.Posterior) -> None:
+    """Prints errors in exact posterior sds."""
+    tasks = [one for name, one in found.items() if name not in shared]
+    rms, ratios = np.sqrt(np.mean([one.error**2 for one in tasks])), np.array([one.ratio for one in tasks])
+    worst, theta = max(abs(found[name].error) for name in shared), np.array([found[name].ratio for name in shared])
+    flagged = int((post.flag != "").sum())
+    show(
+        [
+            ("rms error of task means", f"{rms:.3f}", "<= .03", bool(rms <= 0.03)),
+            ("sd ratios of tasks", spread(ratios), ".95-1.05", within(ratios, 0.05)),
+            ("worst shared mean", f"{worst:.3f}", "<= .1", worst <= 0.1),
+            ("sd ratios of shared", spread(theta), ".9-1.1", within(theta, 0.1)),
+            ("ESS of theta", f"{fit.shared.ess:.2f}", ">= .25", fit.shared.ess >= 0.25),
+            ("flagged tasks", str(flagged), "0", flagged == 0),
+        ]
+    )
+    print(f"  theta {fit.shared.status}, k-hat {fit.shared.khat:.2f}; worst k-hat of a task {np.nanmax(post.khat):.2f}")
+
+
+def spread(ratios: np.ndarray) -> str:
+    """Lowest and highest."""
+    return f"{ratios.min():.3f}-{ratios.max():.3f}"
+
+
+def within(ratios: np.ndarray, share: float) -> bool:
+    """Whether all ratios are within a share of one."""
+    return bool(np.all(np.abs(ratios - 1) <= share))
+
+
+def run(name: str, method: str, seed: int, draws: int) -> None:
+    """Fits one model by one method and prints every figure."""
+    spec = POSTERIORS[name]
+    tasks = spec.tasks()
+    methods = {
+        "amortized": bm.Amortized(),
+        "marginal": bm.Marginal(chains=CHAINS, draws=draws),
+        "nuts": bm.NUTS(chains=CHAINS, draws=draws),
+    }
     start, cpu = time.perf_counter(), time.process_time()
-    fit = bm.fit(slopes if with_slopes else intercepts, tasks, seed=seed, progress=False)
-    result = {"fit wall s": time.perf_counter() - start, "fit cpu s": time.process_time() - cpu}
-    start = time.perf_counter()
-    post = fit.posterior(tasks, draws=draws, seed=seed)
-    result["posterior wall s"] = time.perf_counter() - start
-    parameters = ("alpha", "beta") if with_slopes else ("alpha",)
-    result |= report_tasks(post, exact_tasks(moments, parameters, len(tasks)), "phi" if with_slopes else "alpha")
-    result |= report_shared(fit, moments, SHARED_SLOPES if with_slopes else SHARED_INTERCEPTS)
-    return result | (report_pairs(post, tasks, seed) if with_slopes else {})
+    fit = bm.fit(spec.model, tasks, method=methods[method], seed=seed, progress=False)
+    fitted, fitted_cpu = time.perf_counter(), time.process_time()
+    chains = 1 if method == "amortized" else CHAINS
+    post = fit.posterior(tasks, draws=chains * draws, seed=seed)
+    found = agreements(name, post, chains=chains)
+    print(f"{name}, {method}, seed {seed}, {chains} x {draws} draws; tasks by {'/'.join(sorted(set(post.method)))}")
+    print(f"  fit {fitted - start:.1f} s, {fitted_cpu - cpu:.1f} CPU s; posterior {time.perf_counter() - fitted:.1f} s")
+    if method != "amortized":
+        return report_sampled(found)
+    report_amortized(found, tuple(spec.shared), fit, post)
+    if name == "radon_mn_variable_intercept_slope":
+        pairs = report_pairs(post, tasks, seed)
+        show([(label, f"{value:.3f}", ".92-1.08", abs(value - 1) <= 0.08) for label, value in pairs.items()])
 
 
 def main() -> None:
-    """Prints the figures of both models."""
+    """Prints the figures of the chosen posteriors."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=20_000)
+    parser.add_argument("--method", choices=("amortized", "marginal", "nuts"), default="amortized")
+    parser.add_argument("--posterior", choices=("all", *POSTERIORS), default="all")
+    parser.add_argument("--draws", type=int, default=20_000, help="a chain")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for name in ("intercepts", "slopes"):
-        print(f"radon, {name}, seed {options.seed}, {options.draws} draws")
-        for label, value in run(name, options.seed, options.draws).items():
-            print(f"  {label:28s} {value:9.3f}")
+    for name in POSTERIORS if options.posterior == "all" else (options.posterior,):
+        run(name, options.method, options.seed, options.draws)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 import bayesmeta as bm
+from benchmarks.exact_posteriors import counties, slopes
 from benchmarks.new_tasks import simulate
-from benchmarks.radon_models import counties, slopes
 
 TASKS = 10_000
 

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 
 import bayesmeta as bm
-from benchmarks.radon_models import counties, slopes
+from benchmarks.exact_posteriors import counties, slopes
 
 SIZES = (0, 1, 5, 30, 200)
 GRID = 401

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = ("data", "hierarchy", "inference", "results", "fitting", "checks")
 FACADE = "bayesmeta"
 ZOO = "bayesmeta.models"
-ARVIZ = ("bayesmeta.results.arviz_export", "bayesmeta.inference.psis")
+ARVIZ = ("bayesmeta.results.arviz_export", "bayesmeta.inference.psis", "bayesmeta.inference.mixing")
 
 Sources = dict[str, str]
 Edges = dict[str, set[str]]

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
@@ -28,6 +27,7 @@ from bayesmeta.inference.collected import Block, Collected, in_double
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.laplace import LaplaceGuide
 from bayesmeta.inference.methods import Inferred
+from bayesmeta.inference.mixing import mixing
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.shared import NormalShared
 from bayesmeta.inference.training import History
@@ -282,13 +282,10 @@ class _Guarded:
 
 def _judged(draws: np.ndarray, stats: dict[str, np.ndarray]) -> Drawn:
     """Adds R-hat and effective sample sizes, and warns where they are bad."""
-    values, (chains, count, dim) = torch.as_tensor(draws), draws.shape
-    rhat, ess = np.full(dim, math.inf), np.zeros(dim)
-    if count >= SHORTEST:
-        rhat = split_gelman_rubin(values).nan_to_num(nan=1.0).numpy()
-        ess = effective_sample_size(values).nan_to_num(nan=float(chains * count)).numpy()
+    _, count, dim = draws.shape
+    rhat, ess = mixing(draws) if count >= SHORTEST else (np.full(dim, math.inf), np.zeros(dim))
     divergent = float(stats["diverging"].mean()) if "diverging" in stats else 0.0
-    if rhat.max() > MAX_RHAT or ess.min() < MIN_ESS or divergent > MAX_DIVERGENT:
+    if not (rhat.max() <= MAX_RHAT and ess.min() >= MIN_ESS and divergent <= MAX_DIVERGENT):
         warnings.warn(
             f"the chains have not mixed well: largest R-hat {rhat.max():.3f} (limit {MAX_RHAT}), least effective "
             f"sample size {ess.min():.0f} (limit {MIN_ESS:.0f}), {100 * divergent:.1f} % divergent transitions; take "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conjugate import ROWS, centre, close, conditional, exact, known_mean, make_tasks
-from eight_schools import EXACT, check_moments, eight_schools, schools
 from torch import nn
 
 import bayesmeta as bm
@@ -20,12 +18,8 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import collected
 from bayesmeta.inference.evidence import Evidence
 from bayesmeta.inference.marginal import Signed
-
-
-def test_eight_schools_by_the_marginal() -> None:
-    fit = bm.fit(eight_schools, schools(), method=bm.Marginal(chains=2), progress=False)
-    check_moments(fit, 2000)
-    assert set(fit.posterior(schools(), draws=10).method) == {"exact"}
+from benchmarks import exact_posteriors
+from benchmarks.exact_posteriors import eight_schools, schools
 
 
 def test_the_mode_is_that_of_log_tau_with_the_jacobian() -> None:
@@ -57,11 +51,11 @@ def test_a_normal_is_corrected_to_the_exact_posterior() -> None:
 
 def test_a_normal_at_a_skewed_mode_is_corrected() -> None:
     """Eight schools: log tau has a long left tail, which the normal at the mode does not have."""
-    moments = {line["name"]: line for line in json.loads(EXACT.read_text())["summary"]}
+    moments = exact_posteriors.exact("eight_schools")
     fit = bm.fit(eight_schools, schools(), method=bm.Marginal(shared="normal", draws=4000), progress=False)
     assert fit.shared.status == "corrected"
     for name in ("mu", "tau"):
-        answer = moments[name]["mean"], moments[name]["sd"]
+        answer = moments[name]
         z = abs(fit.shared.mean(name) - answer[0]) / answer[1] * np.sqrt(16_000 * fit.shared.ess)
         assert z < 4, name
 
