@@ -199,7 +199,7 @@ def agreement(draws: np.ndarray, moments: tuple[float, float], *, chains: int) -
 
 def _mcse(values: np.ndarray, chains: int) -> float:
     _, size = mixing(values.reshape(chains, -1, 1))
-    return float(values.std() / np.sqrt(min(size[0], len(values))))
+    return float(values.std() / np.sqrt(size[0]))
 
 
 def agreements(posterior: str, post: bm.Posterior, *, chains: int) -> dict[str, Agreement]:

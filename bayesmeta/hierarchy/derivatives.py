@@ -22,7 +22,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.contractions import contract
-from bayesmeta.hierarchy.hoisting import hoist
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -113,28 +112,6 @@ def record(function: TensorFunction, leaves: Sequence[Tensor], *, compiled: bool
         logger.info("derivatives of a graph could not be recorded, autograd computes them: %s", error)
         return function
     return compile_graph(graph, leaves) if compiled else contract(graph).forward
-
-
-def record_split(function: TensorFunction, varying: Sequence[Tensor], fixed: Sequence[Tensor]) -> TensorFunction:
-    """Compiles a function of `varying` and `fixed` tensors; what depends on the fixed ones alone is computed once.
-
-    Args:
-        function: Maps `(*varying, *fixed)` to a pytree of tensors; it may differentiate inside.
-        varying: Examples of the arguments that calls change.
-        fixed: The other arguments.
-
-    Returns:
-        A function of the varying arguments.
-    """
-    try:
-        graph = simplify(make_fx(function)(*varying, *fixed))
-    except (RuntimeError, NotImplementedError) as error:
-        logger.info("derivatives of a graph could not be recorded, autograd computes them: %s", error)
-        return lambda *given: function(*given, *fixed)
-    before, after = hoist(graph, len(varying))
-    known = before(*fixed)
-    compiled = compile_graph(after, [*varying, *known])
-    return lambda *given: compiled(*given, *known)
 
 
 def compile_graph(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> TensorFunction:

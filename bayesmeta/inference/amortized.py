@@ -26,6 +26,7 @@ from bayesmeta.inference.pooled import PooledGuide
 from bayesmeta.inference.predictive import DEFAULT_CONTEXT, Predictive
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide
 from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
+from bayesmeta.inference.threads import threads_for
 from bayesmeta.inference.training import History, Optimizer, train
 
 NETWORK_LR = 5e-3
@@ -137,16 +138,18 @@ def fit_amortized(
             raise ValueError(_not_finite(density, context, info))
         return value
 
-    history = train(
-        loss,
-        _groups(guides, options.optimizer.lr or NETWORK_LR),
-        optimizer=options.optimizer,
-        between=guides.shared.recentre,
-        judge=_Judge(density, guides, tasks, behind),
-        progress=progress,
-        history=behind,
-        finished=None if checkpoint is None else functools.partial(checkpoint.store, guides),
-    )
+    share = min(1.0, options.optimizer.batch_tasks / len(tasks))
+    with threads_for(int(share * draws * (tasks.x.numel() + tasks.y.numel()))):
+        history = train(
+            loss,
+            _groups(guides, options.optimizer.lr or NETWORK_LR),
+            optimizer=options.optimizer,
+            between=guides.shared.recentre,
+            judge=_Judge(density, guides, tasks, behind),
+            progress=progress,
+            history=behind,
+            finished=None if checkpoint is None else functools.partial(checkpoint.store, guides),
+        )
     guides.task.follow(*guides.shared.centre())
     guides.values = {name: value.detach() for name, value in guides.values.items()}
     density.learned.values.update(guides.values)

@@ -100,7 +100,7 @@ class Collected:
         sizes = np.asarray(tasks.sizes)
         groups = _groups(sizes, points, exact=density.structure.exact_size)
         self._theta = density.initial_theta()
-        self.elements = points * int(np.maximum(sizes, 1).sum())
+        self.elements = points * rows(tasks)
         self.blocks = [Block(tuple(self._piece(tasks, index) for index in block)) for block in groups]
         self.order = torch.as_tensor(np.concatenate(list(itertools.chain(*groups)))).argsort()
         self._prior = self._joint(tasks[groups[0][0][:1]])
@@ -146,6 +146,11 @@ class Collected:
     def _recordable(self, block: Block) -> bool:
         graphs = [self._prior[0], *(piece.graph for piece in block.pieces)]
         return all(isinstance(graph, torch.fx.GraphModule) for graph in graphs)
+
+
+def rows(tasks: Tasks) -> int:
+    """Rows of all tasks; an empty one counts as one."""
+    return int(np.maximum(np.asarray(tasks.sizes), 1).sum())
 
 
 def in_double(density: TaskDensity, tasks: Tasks) -> TaskDensity:

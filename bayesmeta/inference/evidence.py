@@ -51,8 +51,7 @@ class Evidence:
     def __init__(self, density: TaskDensity, tasks: Tasks, *, kind: str | None = None) -> None:
         self._dim = density.structure.task_size
         self.kind = kind_of(self._dim, gaussian=False) if kind is None else kind
-        points = NODES[self._dim] ** self._dim if self.kind == "quadrature" else self._dim + 1
-        self._collected = collected = Collected(density, tasks, points=points)
+        self._collected = collected = Collected(density, tasks, points=points_of(self._dim, self.kind))
         self._blocks = collected.blocks
         self._start = [torch.zeros(block.count, self._dim, dtype=density.dtype) for block in self._blocks]
         self._modes = list(self._start)
@@ -138,6 +137,11 @@ class Evidence:
 def kind_of(dim: int, *, gaussian: bool) -> str:
     """How tasks with `dim` parameters are integrated."""
     return "closed form" if gaussian else "quadrature" if dim in NODES else "Laplace"
+
+
+def points_of(dim: int, kind: str = "quadrature") -> int:
+    """At how many points the density of a task with `dim` parameters is evaluated at once."""
+    return NODES[dim] ** dim if kind == "quadrature" and dim in NODES else dim + 1
 
 
 def _lost(before: Tensor, now: Tensor) -> bool:

@@ -19,14 +19,15 @@ from torch import Tensor
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.approximation import TOLERATED, assess, mended
-from bayesmeta.inference.collected import in_double
+from bayesmeta.inference.collected import in_double, rows
 from bayesmeta.inference.correction import MIN_DRAWS, SharedDraws, weigh_shared
-from bayesmeta.inference.evidence import Evidence, kind_of
+from bayesmeta.inference.evidence import Evidence, kind_of, points_of
 from bayesmeta.inference.exact import are_gaussian
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.mode import Mode
 from bayesmeta.inference.nuts import check_lengths, check_samplable, from_chains, laplace_guides, sample
 from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.threads import threads_for
 from bayesmeta.inference.training import History
 
 SHARED = ("nuts", "normal", "map")
@@ -75,7 +76,8 @@ class Marginal:
         if density.structure.shared_size + len(density.learned.values) == 0:
             shared = _equal(torch.zeros(self.chains * self.draws, 0, dtype=density.dtype), "sampled")
         else:
-            shared, found = self._infer(density, tasks, progress)
+            with threads_for(rows(tasks) * points_of(density.structure.task_size)):
+                shared, found = self._infer(density, tasks, progress)
             record |= found
         record |= {"ess": shared.ess, "seconds": time.perf_counter() - start, "done": shared.status != "uncorrected"}
         return Inferred(laplace_guides(density, tasks, shared.theta), shared, History(stages=[record]))

@@ -23,13 +23,14 @@ from torch import Tensor
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import seeded
-from bayesmeta.inference.collected import Block, Collected, in_double
+from bayesmeta.inference.collected import Block, Collected, in_double, rows
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.laplace import LaplaceGuide
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.mixing import mixing
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.shared import NormalShared
+from bayesmeta.inference.threads import threads_for
 from bayesmeta.inference.training import History
 
 MAX_RHAT = 1.05
@@ -77,17 +78,11 @@ class NUTS:
         check_samplable("nuts", density, checkpoint, trains=False)
         began = time.perf_counter()
         precise = in_double(density, tasks)
-        joint = Joint(precise, tasks)
+        with threads_for(rows(tasks)):
+            joint = Joint(precise, tasks)
+            lengths = {"chains": self.chains, "warmup": self.warmup, "draws": self.draws}
+            drawn = sample(lambda: joint, joint.start, progress=progress, view=joint.view, **lengths)
         size, dim = density.structure.shared_size, density.structure.task_size
-        drawn = sample(
-            lambda: joint,
-            joint.start,
-            chains=self.chains,
-            warmup=self.warmup,
-            draws=self.draws,
-            progress=progress,
-            view=joint.view,
-        )
         flat = torch.as_tensor(drawn.draws).flatten(0, 1)
         noise = flat[:, size:].reshape(len(flat), len(tasks), dim)
         shared = from_chains(flat[:, :size].to(density.dtype), drawn, noise=noise.to(density.dtype))
