@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import torch
 
 import bayesmeta as bm
 from bayesmeta.inference.mixing import mixing
@@ -20,6 +22,9 @@ from benchmarks.exact_posteriors import counties, eight_schools, schools, slopes
 CHAINS, WARMUP, DRAWS = 2, 1000, 1000
 COUNTED, ROWS = 500, 6
 """Tasks with counts, and rows of each."""
+
+IMPORTED_LATE = ("arviz", "nutpie.compiled_pyfunc", "torch._dynamo", "torch._inductor.compile_fx")
+"""What fits import when they need it; NumPyro's imports are not counted either."""
 
 Sampler = Callable[[], np.ndarray]
 """Draws of all parameters, `(chain, draw, parameter)`."""
@@ -51,6 +56,8 @@ MODELS = {
 
 def ours(name: str, method: str, seed: int) -> Sampler:
     """A sampler of this package."""
+    for needed in IMPORTED_LATE:
+        importlib.import_module(needed)
     model, read, sites = MODELS[name]
     tasks = read()
     lengths = {"chains": CHAINS, "warmup": WARMUP, "draws": DRAWS}
@@ -102,6 +109,7 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     options = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
     own = options.sampler in ("marginal", "nuts")
     run = (ours if own else numpyros)(options.model, options.sampler, options.seed)
     with warnings.catch_warnings():

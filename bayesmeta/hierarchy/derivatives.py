@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.contractions import contract
@@ -115,13 +116,26 @@ def record(function: TensorFunction, leaves: Sequence[Tensor], *, compiled: bool
 
 
 def compile_graph(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> TensorFunction:
-    """Compiles a graph; without a working compiler the graph itself."""
+    """Compiles a graph, or finds it in torch's cache on disk; without a working compiler the graph itself."""
     try:
         with _COMPILING, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            compiled = torch._inductor.compile(graph, list(leaves))
-            compiled(*leaves)
-            return compiled
+            try:
+                return _compiled(graph, leaves, trusted=True)
+            except RuntimeError:
+                return _compiled(graph, leaves, trusted=False)
     except (RuntimeError, OSError, ImportError) as error:
         logger.info("a graph runs uncompiled, the compiler failed: %s", error)
         return contract(graph).forward
+
+
+def _compiled(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], *, trusted: bool) -> TensorFunction:
+    """The compiled graph; `trusted`: the vector instructions that the processor names are not tried out (seconds)."""
+    config = torch._inductor.config
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)  # without shapes nothing is cached
+    examples: list[Any] = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
+    asked = config.cpp.vec_isa_ok
+    with tracing(TracingContext(mode)), config.patch({"cpp.vec_isa_ok": True if asked is None and trusted else asked}):
+        compiled = torch._inductor.compile(graph, examples)
+    compiled(*leaves)
+    return compiled  # type: ignore[no-any-return]
