@@ -7,6 +7,7 @@ one, each re-weighting θ by its own evidence. The ladder calls this file once a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,8 +28,8 @@ EFFECTIVE_CANDIDATES = 16
 """Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
 MAX_CANDIDATES = COUNTS[-1]
 PILOT_THETA = 64
-SMOOTHED_TOGETHER = 256
-"""Tasks whose weights are smoothed at once: temporary arrays of all tasks fall out of the cache."""
+SMOOTHED_TOGETHER = 2**18
+"""Weights that are smoothed at once: temporary arrays of all tasks fall out of the cache."""
 
 
 @dataclass
@@ -192,24 +193,33 @@ def _choose(log_share: Tensor) -> np.ndarray:
     return (cumulative < point * cumulative[:, -1:]).sum(1).clamp(max=log_share.shape[1] - 1).numpy()
 
 
-def _diagnose(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """k̂ and relative ESS of each task from log weights `(K, T)`."""
-    _, khat = psis.smooth(log_weight.T)
-    return khat, psis.relative_ess(log_weight.T)
-
-
 def _smoothed(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Smoothed log weights and resampled indices `(S, T)`, k̂ and relative ESS `(T,)` of log weights `(S, T)`."""
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
     log_weight, index = np.empty(raw.shape[::-1]), np.empty(raw.shape[::-1], dtype=np.int64)
-    khat, ess = np.empty(raw.shape[1]), np.empty(raw.shape[1])
-    for start in range(0, raw.shape[1], SMOOTHED_TOGETHER):
-        some = slice(start, start + SMOOTHED_TOGETHER)
-        weights = np.ascontiguousarray(raw[:, some].T)
+    khat, ess = np.empty((2, raw.shape[1]))
+    for some, weights in _in_blocks(raw):
         log_weight[some], khat[some] = psis.smooth(weights)
         ess[some] = psis.relative_ess(weights)
         index[some] = psis.resample(log_weight[some], len(raw), generator)
     return log_weight.T, index.T, khat, ess
+
+
+def _diagnose(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k̂ and relative ESS of each task from log weights `(K, T)`."""
+    khat, ess = np.empty((2, log_weight.shape[1]))
+    for some, weights in _in_blocks(log_weight):
+        khat[some] = psis.smooth(weights)[1]
+        ess[some] = psis.relative_ess(weights)
+    return khat, ess
+
+
+def _in_blocks(log_weight: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Which tasks, and their log weights `(T', K)`, of log weights `(K, T)`."""
+    together = max(1, SMOOTHED_TOGETHER // len(log_weight))
+    for start in range(0, log_weight.shape[1], together):
+        some = slice(start, start + together)
+        yield some, np.ascontiguousarray(log_weight[:, some].T)
 
 
 def _flags(khat: np.ndarray, ess: np.ndarray, count: int) -> list[str]:
