@@ -10,6 +10,7 @@ import functools
 import logging
 import operator
 import threading
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -136,6 +137,16 @@ def _compiled(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], *, trusted:
     examples: list[Any] = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
     asked = config.cpp.vec_isa_ok
     with tracing(TracingContext(mode)), config.patch({"cpp.vec_isa_ok": True if asked is None and trusted else asked}):
-        compiled = torch._inductor.compile(graph, examples)
+        compiled = torch._inductor.compile(_cacheable(graph), examples)
     compiled(*leaves)
     return compiled  # type: ignore[no-any-return]
+
+
+def _cacheable(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph with tensor methods as the operations that they are: torch's cache does not take methods."""
+    copied = torch.fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    for node in copied.nodes:
+        if isinstance(node.target, types.MethodDescriptorType):
+            node.target = getattr(torch.ops.aten, node.target.__name__)
+    return torch.fx.GraphModule(graph, copied)

@@ -108,7 +108,8 @@ def sweep(
     """Runs a function of (context, θ) over all tasks and draws, chunk by chunk: tensors `(S, T, …)`."""
     results: tuple[Tensor, ...] = ()
     with torch.no_grad():
-        for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=guides.task.rounded):
+        exact, rounded = density.structure.exact_size, guides.task.rounded
+        for chunk in task_chunks(tasks, exact_size=exact, rounded=rounded, draws=len(theta)):
             context = guides.task.prepare(chunk.batch, density.tensors(chunk.batch))
             index = torch.as_tensor(chunk.index)
             for place, part in theta_chunks(theta, chunk.batch):

@@ -18,6 +18,8 @@ CHUNK_TASKS = 512
 GROWTH = 4
 """Ratio between the sizes that tasks are padded to; a smaller one pads less and records more graphs."""
 
+GRAPH_ELEMENTS = 2**20
+"""What recording one more graph costs, in rows × tasks × draws."""
 PIECE_ELEMENTS = 20_000
 """What evaluating one more piece costs, in rows × tasks × draws."""
 
@@ -42,7 +44,9 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def task_chunks(tasks: Tasks, *, exact_size: bool, limit: int = CHUNK_TASKS, rounded: bool = False) -> Iterator[Chunk]:
+def task_chunks(
+    tasks: Tasks, *, exact_size: bool, limit: int = CHUNK_TASKS, rounded: bool = False, draws: int | None = None
+) -> Iterator[Chunk]:
     """Yields all tasks, tasks of like (or equal) size together.
 
     Args:
@@ -50,11 +54,16 @@ def task_chunks(tasks: Tasks, *, exact_size: bool, limit: int = CHUNK_TASKS, rou
         exact_size: They may not be padded.
         limit: The most tasks in a chunk, a power of two.
         rounded: Numbers of tasks and of rows are powers of two: other tasks next time need few other graphs.
+        draws: At how many points each task is evaluated in all; where few, tasks of all sizes are padded together.
     """
     sizes = np.asarray(tasks.sizes)
-    rows = np.maximum(sizes, 1) if exact_size else np.array([padded_rows(int(n)) for n in np.unique(sizes)])
-    if not exact_size:
-        rows = rows[np.searchsorted(np.unique(sizes), sizes)]
+    if exact_size:
+        rows = np.maximum(sizes, 1)
+    elif draws is not None and draws * len(sizes) * int(sizes.max()) <= GRAPH_ELEMENTS:
+        rows = np.full(len(sizes), sizes.max())
+    else:
+        distinct, which = np.unique(sizes, return_inverse=True)
+        rows = np.array([padded_rows(int(n)) for n in distinct])[which]
     for target in np.unique(rows):
         members = np.flatnonzero(rows == target)
         widest = max(1, int(sizes[members].max()))

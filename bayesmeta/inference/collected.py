@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.hierarchy.derivatives import compile_graph
+from bayesmeta.hierarchy.derivatives import compile_graph, traced
 from bayesmeta.hierarchy.hoisting import hoist
 from bayesmeta.hierarchy.simplify import simplify
 from bayesmeta.inference.chunks import like_sizes
@@ -182,7 +181,7 @@ class Compiled:
 
     def _compile(self, varying: list[Tensor], data: list[Tensor]) -> None:
         try:
-            graph = simplify(make_fx(self._function)(*varying, *data))
+            graph = simplify(traced(self._function, [*varying, *data]))
         except (RuntimeError, NotImplementedError) as error:
             logger.info("derivatives of a graph could not be recorded, autograd computes them: %s", error)
             return

@@ -89,7 +89,8 @@ def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarra
     if density.dtype != torch.float64 or density.structure.task_size == 0:
         return found
     some = theta[torch.linspace(0, len(theta) - 1, THETAS).long()]
-    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True):
+    draws = THETAS * (1 + 2 * len(RADII))
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True, draws=draws):
         passed = _pass(density, chunk.batch, some)
         found[chunk.index] = passed[: len(chunk.index)]
     return found

@@ -22,6 +22,7 @@ from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
 MAX_STEPS = 100
+USUAL_STEPS = 20
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
 """A mode is reached when the next Newton step is shorter than this, in posterior sds."""
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -272,7 +273,8 @@ def _starts(theta: Tensor, tasks: int, dim: int, starts: int) -> Tensor:
 def mode_counts(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarray:
     """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as the starts find them: `(T,)`."""
     found = np.zeros(len(tasks), dtype=int)
-    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True):
+    draws = (STARTS + 1) * USUAL_STEPS
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True, draws=draws):
         begin = _starts(theta.unsqueeze(0), len(chunk.batch.names), density.structure.task_size, STARTS)
         _, there = modes_at(density, density.tensors(chunk.batch), theta.unsqueeze(0), begin)
         found[chunk.index] = there[:, 0].sum(0)[: len(chunk.index)].numpy()

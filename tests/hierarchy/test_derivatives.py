@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from bayesmeta.hierarchy import derivatives
-from bayesmeta.hierarchy.derivatives import curvature, record, traced, value_and_gradient
+from bayesmeta.hierarchy.derivatives import compile_graph, curvature, record, traced, value_and_gradient
 
 
 def wavy(x: Tensor, y: Tensor) -> Tensor:
@@ -89,3 +92,29 @@ def test_without_a_compiler_the_graph_runs(monkeypatch: pytest.MonkeyPatch, capl
         found = record(wavy, (x, y), compiled=True)
     torch.testing.assert_close(found(x, 3 * y), wavy(x, 3 * y))
     assert "no compiler here" in caplog.text and derivatives.BY_COLUMN >= 1
+
+
+def test_what_an_earlier_process_compiled_is_found_but_other_constants_are_another_graph() -> None:
+    x = torch.arange(5, dtype=torch.float64)
+    for shift in (1.0, 2.0, 1.0):
+        constant = torch.full((5,), shift, dtype=torch.float64)
+        graph = traced(functools.partial(lambda c, at: (at.expand(3, 5) * c,), constant), [x])
+        hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+        torch.testing.assert_close(compile_graph(graph, [x])(x)[0], (x * constant).expand(3, 5))
+    assert counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] > hits
+
+
+def test_where_the_processor_promises_too_much_the_compiler_tries_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.arange(5, dtype=torch.float64)
+    graph = traced(lambda at: (at.sin() + 1,), [x])
+    tried, compiler = [], torch._inductor.compile
+
+    def refusing(*args: Any) -> Any:
+        tried.append(torch._inductor.config.cpp.vec_isa_ok)
+        if tried[-1]:
+            raise RuntimeError("illegal instruction")
+        return compiler(*args)
+
+    monkeypatch.setattr(torch._inductor, "compile", refusing)
+    torch.testing.assert_close(compile_graph(graph, [x])(x)[0], x.sin() + 1)
+    assert tried == [True, None]

@@ -9,6 +9,7 @@ import torch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.inference.chunks import (
     CHUNK_ELEMENTS,
+    GRAPH_ELEMENTS,
     PIECE_ELEMENTS,
     like_sizes,
     padded_rows,
@@ -48,6 +49,14 @@ def test_chunks_hold_every_task_once_with_all_its_rows(exact_size: bool, limit: 
 def test_chunks_of_a_group_have_one_shape() -> None:
     shapes = [chunk.batch.mask.shape[1] for chunk in task_chunks(tasks(), exact_size=False, limit=1)]
     assert len(set(shapes)) == len({padded_rows(n) for n in SIZES})
+
+
+def test_where_few_draws_are_evaluated_tasks_of_all_sizes_are_together() -> None:
+    few = [chunk.index.tolist() for chunk in task_chunks(tasks(), exact_size=False, draws=100)]
+    assert few == [list(range(len(SIZES)))]
+    many = list(task_chunks(tasks(), exact_size=False, draws=GRAPH_ELEMENTS))
+    assert len(many) == len({padded_rows(n) for n in SIZES})
+    assert len(list(task_chunks(tasks(), exact_size=True, draws=1))) == len({max(1, n) for n in SIZES})
 
 
 def test_chunks_of_theta_put_together_are_theta() -> None:
