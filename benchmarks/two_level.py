@@ -26,14 +26,20 @@ GROUPS, ROWS = 6, 10
 SITES = ("mu", "tau", "sigma", "group")
 
 
+WIDE = 2.0
+"""Scale in which group means are sampled before their density is put right: centred, since ten rows say much."""
+
+
 def two_level(batch: bm.Batch) -> None:
-    """Groups within a data set."""
+    """Groups within a data set, in the centred parametrisation."""
     with batch.tasks():
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         tau = pyro.sample("tau", dist.HalfNormal(1.0))
         sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        wide = dist.Normal(mu.new_zeros(GROUPS), WIDE).to_event(1)
+        group = pyro.sample("group", wide)
         around, spread = (value.unsqueeze(-1).expand(*value.shape, GROUPS) for value in (mu, tau))
-        group = pyro.sample("group", dist.Normal(around, spread).to_event(1))
+        pyro.factor("centred", dist.Normal(around, spread).to_event(1).log_prob(group) - wide.log_prob(group))
         with batch.observations():
             mean = group.squeeze(-2).gather(-1, batch["group"])
             pyro.sample("y", dist.Normal(mean, sigma), obs=batch.y)

@@ -299,10 +299,17 @@ def _independent(graph: fx.GraphModule) -> dict[fx.Node, Any]:
     for node in graph.graph.nodes:
         if node.target in _FILLED and example(node) is not None:
             known[node] = _filled(node)
+        elif _to_the_zeroth(node):
+            known[node] = torch.ones((), dtype=node.meta["val"].dtype).expand(shape_of(node))
         elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return known
+
+
+def _to_the_zeroth(node: fx.Node) -> bool:
+    """Whether a node is x⁰, 1 whatever x is: what second derivatives of squares leave behind."""
+    return node.target is aten.pow.Tensor_Scalar and node.args[1] == 0 and example(node) is not None
 
 
 def _constants(graph: fx.GraphModule) -> dict[fx.Node, Any]:

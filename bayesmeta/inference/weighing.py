@@ -28,6 +28,8 @@ EFFECTIVE_CANDIDATES = 16
 """Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
 MAX_CANDIDATES = COUNTS[-1]
 PILOT_THETA = 64
+KEPT_NUMBERS = 2**27
+"""Numbers that the candidates of known tasks may take up (1 GiB); of more tasks only the draws are kept."""
 SMOOTHED_TOGETHER = 2**18
 """Weights that are smoothed at once: temporary arrays of all tasks fall out of the cache."""
 
@@ -73,6 +75,12 @@ class TaskDraws:
             flag=[self.flag[i] for i in columns],
         )
 
+    def chosen(self, theta: Tensor) -> TaskDraws:
+        """The equally weighted draws alone, those of the s-th θ `(S, d_theta)`."""
+        noise = self.noise[torch.as_tensor(self.index.copy()), torch.arange(self.index.shape[1])]
+        index, log_weight = _equal(*self.index.shape)
+        return replace(self, theta=theta, noise=noise, log_weight=log_weight, index=index)
+
     def thinned(self, draws: int) -> TaskDraws:
         """The same candidates with fewer equally weighted draws, spread evenly over those that are there."""
         return replace(self, index=self.index[np.arange(draws) * len(self.index) // draws])
@@ -86,11 +94,21 @@ def weigh_known(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Task
     """Joint draws of θ and of training tasks.
 
     θ `(S, d_theta)` has already learned from these tasks: each task's parameters are chosen among M candidates at every
-    θ_s. k̂ and the relative ESS are those of log w − log p̂₋(D_i | θ_s), p̂₋ without the candidate.
+    θ_s. k̂ and the relative ESS are those of log w − log p̂₋(D_i | θ_s), p̂₋ without the candidate. Of very many tasks
+    only the chosen candidates are kept.
     """
-    draws = len(theta)
     if guides.task.method == "exact":
         return equal_draws(theta, candidates(density, guides, tasks, theta).noise, "exact", 0.0, "", joint=True)
+    each = len(theta) * EFFECTIVE_CANDIDATES * (density.structure.task_size + 2)
+    together = max(1, KEPT_NUMBERS // each)
+    if len(tasks) <= together:
+        return _weigh_together(density, guides, theta, tasks)
+    blocks = (tasks[start : start + together] for start in range(0, len(tasks), together))
+    return _beside([_weigh_together(density, guides, theta, some).chosen(theta) for some in blocks])
+
+
+def _weigh_together(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks) -> TaskDraws:
+    draws = len(theta)
     per_theta = _candidates_needed(density, guides, tasks, theta)
     pool = theta.repeat_interleave(per_theta, 0)
     drawn = candidates(density, guides, tasks, pool)
@@ -163,10 +181,24 @@ def draw_unchecked(density: TaskDensity, guides: Guides, theta: Tensor, tasks: T
 def equal_draws(theta: Tensor, noise: Tensor, method: str, khat: float, flag: str, joint: bool) -> TaskDraws:
     """Equally weighted draws `(S, T, d)` of all tasks."""
     draws, count = noise.shape[:2]
-    index = np.broadcast_to(np.arange(draws)[:, None], (draws, count))
-    log_weight = np.broadcast_to(np.float64(-math.log(draws)), (draws, count))
+    index, log_weight = _equal(draws, count)
     ones = np.ones(count)
     return TaskDraws(theta, noise, log_weight, index, khat * ones, ones, [method] * count, [flag] * count, joint=joint)
+
+
+def _equal(draws: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and log weights `(S, T)` of candidates that are the draws."""
+    index = np.broadcast_to(np.arange(draws)[:, None], (draws, count))
+    return index, np.broadcast_to(np.float64(-math.log(draws)), (draws, count))
+
+
+def _beside(blocks: list[TaskDraws]) -> TaskDraws:
+    """Equally weighted draws of all tasks of some blocks, at the same θ."""
+    noise = torch.cat([block.noise for block in blocks], 1)
+    index, log_weight = _equal(*noise.shape[:2])
+    khat, ess = (np.concatenate([getattr(block, name) for block in blocks]) for name in ("khat", "ess"))
+    method, flag = ([text for block in blocks for text in getattr(block, name)] for name in ("method", "flag"))
+    return TaskDraws(blocks[0].theta, noise, log_weight, index, khat, ess, method, flag, joint=True)
 
 
 def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> int:

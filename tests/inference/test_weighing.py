@@ -56,6 +56,15 @@ def known(guide: ExactGuide | None = None, draws: int = DRAWS) -> tuple[TaskDraw
     return drawn, min(draws, shared.ess * DRAWS) / 2
 
 
+@pytest.fixture(params=["all candidates", "draws alone"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of keeping known tasks: with all their candidates, or one task after the other, the draws alone."""
+    if request.param == "draws alone":
+        monkeypatch.setattr(weighing, "KEPT_NUMBERS", 1)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("guide", [ExactGuide(), ExactGuide(1.0, 0.7), ExactGuide(-0.5, 2.0)])
 def test_known_tasks_whatever_the_guide(guide: ExactGuide) -> None:
     drawn, effective = known(guide)
@@ -69,9 +78,10 @@ def test_known_tasks_whatever_the_guide(guide: ExactGuide) -> None:
     np.testing.assert_allclose(np.exp(drawn.log_weight).sum(0), 1.0)
 
 
-def test_draws_of_known_tasks_and_theta_are_joint() -> None:
+def test_draws_of_known_tasks_and_theta_are_joint(memory: str) -> None:
     """Differences between tasks, and to mu, have the joint posterior's sd; drawn one by one they would not."""
     drawn, effective = known()
+    assert (len(drawn.noise) == DRAWS) == (memory == "draws alone")
     _, covariance = exact(ROWS)
     a, mu = chosen(drawn)
     assert (mu == mu[:, :1]).all()
