@@ -309,7 +309,7 @@ def _independent(graph: fx.GraphModule) -> dict[fx.Node, Any]:
 
 def _to_the_zeroth(node: fx.Node) -> bool:
     """Whether a node is x⁰, 1 whatever x is: what second derivatives of squares leave behind."""
-    return node.target is aten.pow.Tensor_Scalar and node.args[1] == 0 and example(node) is not None
+    return bool(node.target is aten.pow.Tensor_Scalar and node.args[1] == 0) and example(node) is not None
 
 
 def _constants(graph: fx.GraphModule) -> dict[fx.Node, Any]:

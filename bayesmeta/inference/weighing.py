@@ -28,8 +28,10 @@ EFFECTIVE_CANDIDATES = 16
 """Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
 MAX_CANDIDATES = COUNTS[-1]
 PILOT_THETA = 64
-KEPT_NUMBERS = 2**27
-"""Numbers that the candidates of known tasks may take up (1 GiB); of more tasks only the draws are kept."""
+KEPT_NUMBERS = 2**28
+"""Numbers that the candidates of known tasks may take up (2 GiB); of more only the draws are kept."""
+BLOCK_NUMBERS = 2**25
+"""Numbers that candidates take up at once where they are not kept."""
 SMOOTHED_TOGETHER = 2**18
 """Weights that are smoothed at once: temporary arrays of all tasks fall out of the cache."""
 
@@ -99,17 +101,25 @@ def weigh_known(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Task
     """
     if guides.task.method == "exact":
         return equal_draws(theta, candidates(density, guides, tasks, theta).noise, "exact", 0.0, "", joint=True)
-    each = len(theta) * EFFECTIVE_CANDIDATES * (density.structure.task_size + 2)
-    together = max(1, KEPT_NUMBERS // each)
-    if len(tasks) <= together:
-        return _weigh_together(density, guides, theta, tasks)
-    blocks = (tasks[start : start + together] for start in range(0, len(tasks), together))
-    return _beside([_weigh_together(density, guides, theta, some).chosen(theta) for some in blocks])
+    width = len(theta) * (density.structure.task_size + 2)
+    needed = _candidates_needed(density, guides, tasks, theta)
+    if width * int(needed.max()) * len(tasks) <= KEPT_NUMBERS:
+        return _weigh_together(density, guides, theta, tasks, int(needed.max()))
+    blocks = [
+        (index, _weigh_together(density, guides, theta, tasks[index], per_theta).chosen(theta))
+        for per_theta in np.unique(needed).tolist()
+        for index in _cut(np.flatnonzero(needed == per_theta), BLOCK_NUMBERS // (width * per_theta))
+    ]
+    return _beside(blocks)
 
 
-def _weigh_together(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks) -> TaskDraws:
+def _cut(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Pieces of an array that have at most `size` entries, or one."""
+    return (index[start : start + max(1, size)] for start in range(0, len(index), max(1, size)))
+
+
+def _weigh_together(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, per_theta: int) -> TaskDraws:
     draws = len(theta)
-    per_theta = _candidates_needed(density, guides, tasks, theta)
     pool = theta.repeat_interleave(per_theta, 0)
     drawn = candidates(density, guides, tasks, pool)
     raw = drawn.log_weight.reshape(draws, per_theta, len(tasks))
@@ -192,22 +202,28 @@ def _equal(draws: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     return index, np.broadcast_to(np.float64(-math.log(draws)), (draws, count))
 
 
-def _beside(blocks: list[TaskDraws]) -> TaskDraws:
-    """Equally weighted draws of all tasks of some blocks, at the same θ."""
-    noise = torch.cat([block.noise for block in blocks], 1)
+def _beside(blocks: Parts) -> TaskDraws:
+    """Equally weighted draws of all tasks, at the same θ, in the order of the positions."""
+    order = np.argsort(np.concatenate([index for index, _ in blocks]))
+    parts = [drawn for _, drawn in blocks]
+    noise = torch.cat([part.noise for part in parts], 1)[:, order]
     index, log_weight = _equal(*noise.shape[:2])
-    khat, ess = (np.concatenate([getattr(block, name) for block in blocks]) for name in ("khat", "ess"))
-    method, flag = ([text for block in blocks for text in getattr(block, name)] for name in ("method", "flag"))
-    return TaskDraws(blocks[0].theta, noise, log_weight, index, khat, ess, method, flag, joint=True)
+    khat, ess = (np.concatenate([getattr(part, name) for part in parts])[order] for name in ("khat", "ess"))
+    texts = ([text for part in parts for text in getattr(part, name)] for name in ("method", "flag"))
+    method, flag = ([text[i] for i in order] for text in texts)
+    return TaskDraws(parts[0].theta, noise, log_weight, index, khat, ess, method, flag, joint=True)
 
 
-def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> int:
-    """M such that M × relative ESS ≥ 16 for every task, from a pilot."""
+def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> np.ndarray:
+    """M of each task such that M × relative ESS ≥ 16, from a pilot `(T,)`."""
     pilot = theta[:PILOT_THETA].repeat_interleave(MIN_CANDIDATES, 0)
-    raw = candidates(density, guides, tasks, pilot).log_weight.reshape(-1, MIN_CANDIDATES, len(tasks))
-    _, ess = _diagnose((raw - _log_mean_of_others(raw)).reshape(-1, len(tasks)).numpy())
-    worst = max(float(np.min(ess)), EFFECTIVE_CANDIDATES / MAX_CANDIDATES)
-    return next(count for count in COUNTS if count * worst >= EFFECTIVE_CANDIDATES - 0.1)
+    ess = np.empty(len(tasks))
+    for index in _cut(np.arange(len(tasks)), BLOCK_NUMBERS // (len(pilot) * (density.structure.task_size + 2))):
+        some = tasks if len(index) == len(tasks) else tasks[index]
+        raw = candidates(density, guides, some, pilot).log_weight.reshape(-1, MIN_CANDIDATES, len(some))
+        ess[index] = _diagnose((raw - _log_mean_of_others(raw)).reshape(-1, len(some)).numpy())[1]
+    enough = np.array(COUNTS)[:, None] * ess >= EFFECTIVE_CANDIDATES - 0.1
+    return np.where(enough.any(0), np.array(COUNTS)[enough.argmax(0)], MAX_CANDIDATES)
 
 
 def _log_mean_of_others(raw: Tensor) -> Tensor:

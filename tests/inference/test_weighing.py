@@ -61,6 +61,7 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Both ways of keeping known tasks: with all their candidates, or one task after the other, the draws alone."""
     if request.param == "draws alone":
         monkeypatch.setattr(weighing, "KEPT_NUMBERS", 1)
+        monkeypatch.setattr(weighing, "BLOCK_NUMBERS", 1)
     return str(request.param)
 
 
@@ -131,7 +132,7 @@ def test_worse_guides_get_more_candidates() -> None:
     for guide in (ExactGuide(), ExactGuide(0.7), Stuck()):
         density, guides, tasks = setting(ROWS)
         guides.task = guide
-        needed.append(weighing._candidates_needed(density, guides, tasks, resample_theta(shared_draws(), 100)))
+        needed.append(weighing._candidates_needed(density, guides, tasks, resample_theta(shared_draws(), 100)).max())
     assert weighing.EFFECTIVE_CANDIDATES <= needed[0] < needed[1] < needed[2] == weighing.MAX_CANDIDATES
 
 
