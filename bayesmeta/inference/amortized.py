@@ -138,8 +138,7 @@ def fit_amortized(
             raise ValueError(_not_finite(density, context, info))
         return value
 
-    share = min(1.0, options.optimizer.batch_tasks / len(tasks))
-    with threads_for(int(share * draws * (tasks.x.numel() + tasks.y.numel()))):
+    with threads_for(draws * _batch_numbers(tasks, options.optimizer.batch_tasks)):
         history = train(
             loss,
             _groups(guides, options.optimizer.lr or NETWORK_LR),
@@ -155,6 +154,11 @@ def fit_amortized(
     density.learned.values.update(guides.values)
     with torch.no_grad():
         return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS), history
+
+
+def _batch_numbers(tasks: Tasks, limit: int) -> int:
+    """Numbers in the rows of a batch, about."""
+    return int(min(1.0, limit / len(tasks)) * (tasks.x.numel() + tasks.y.numel()))
 
 
 def _groups(guides: Guides, lr: float) -> list[dict[str, Any]]:

@@ -57,13 +57,7 @@ def task_chunks(
         draws: At how many points each task is evaluated in all; where few, tasks of all sizes are padded together.
     """
     sizes = np.asarray(tasks.sizes)
-    if exact_size:
-        rows = np.maximum(sizes, 1)
-    elif draws is not None and draws * len(sizes) * int(sizes.max()) <= GRAPH_ELEMENTS:
-        rows = np.full(len(sizes), sizes.max())
-    else:
-        distinct, which = np.unique(sizes, return_inverse=True)
-        rows = np.array([padded_rows(int(n)) for n in distinct])[which]
+    rows = _padded(sizes, exact_size=exact_size, draws=draws)
     for target in np.unique(rows):
         members = np.flatnonzero(rows == target)
         widest = max(1, int(sizes[members].max()))
@@ -75,6 +69,16 @@ def task_chunks(
             index = members[start : start + size]
             filled = np.concatenate([index, np.repeat(index[-1:], size - len(index))])
             yield Chunk(index, tasks.batch(filled, rows=widest))
+
+
+def _padded(sizes: np.ndarray, *, exact_size: bool, draws: int | None) -> np.ndarray:
+    """The number of rows of the group that each task is in `(T,)`."""
+    if exact_size:
+        return np.maximum(sizes, 1)
+    if draws is not None and draws * len(sizes) * int(sizes.max()) <= GRAPH_ELEMENTS:
+        return np.full(len(sizes), sizes.max())
+    distinct, which = np.unique(sizes, return_inverse=True)
+    return np.array([padded_rows(int(n)) for n in distinct])[which]
 
 
 def theta_chunks(theta: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor]]:

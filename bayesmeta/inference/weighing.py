@@ -32,6 +32,8 @@ KEPT_NUMBERS = 2**28
 """Numbers that the candidates of known tasks may take up (2 GiB); of more only the draws are kept."""
 BLOCK_NUMBERS = 2**25
 """Numbers that candidates take up at once where they are not kept."""
+_TOLD = ("khat", "ess", "method", "flag")
+"""What is said of each task."""
 SMOOTHED_TOGETHER = 2**18
 """Weights that are smoothed at once: temporary arrays of all tasks fall out of the cache."""
 
@@ -207,11 +209,10 @@ def _beside(blocks: Parts) -> TaskDraws:
     order = np.argsort(np.concatenate([index for index, _ in blocks]))
     parts = [drawn for _, drawn in blocks]
     noise = torch.cat([part.noise for part in parts], 1)[:, order]
+    told = {name: np.concatenate([getattr(part, name) for part in parts])[order] for name in _TOLD}
     index, log_weight = _equal(*noise.shape[:2])
-    khat, ess = (np.concatenate([getattr(part, name) for part in parts])[order] for name in ("khat", "ess"))
-    texts = ([text for part in parts for text in getattr(part, name)] for name in ("method", "flag"))
-    method, flag = ([text[i] for i in order] for text in texts)
-    return TaskDraws(parts[0].theta, noise, log_weight, index, khat, ess, method, flag, joint=True)
+    texts = {name: told[name].tolist() for name in ("method", "flag")}
+    return replace(parts[0], noise=noise, index=index, log_weight=log_weight, **(told | texts))
 
 
 def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> np.ndarray:
