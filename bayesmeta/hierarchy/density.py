@@ -63,6 +63,11 @@ class TaskDensity:
             self.frozen = self._check_captured(tasks)
             self.structure = replace(self.structure, **probe(self._trial(tasks, 0.2), tasks, self.structure, dtype))
         self._probe_tensors = self.tensors(tasks.batch([0]))
+        largest = tasks[[int(tasks.sizes.argmax())]]
+        self._with_and_without = (
+            largest.batch([0], rows=max(2, int(largest.sizes[0]))),
+            largest.without_rows().batch([0]),
+        )
         self.log_task = self._recorded(lambda trace, latents: trace.log_task())
         self.log_joint = self._recorded(lambda trace, latents: (trace.log_task(), trace.shared_prior))
         self.log_task_unconstrained = self._recorded(lambda trace, latents: trace.log_task(), whitened=False)
@@ -86,11 +91,19 @@ class TaskDensity:
 
     @functools.cached_property
     def values_read_rows(self) -> bool:
-        """Whether values of task sites may depend on the rows of a task."""
-        noise = torch.zeros(1, self.structure.task_size, dtype=self.dtype)
-        read = self.constrain.reads(self.initial_theta(), noise, self._probe_tensors, dict(self.learned.values))[2]
+        """Whether values of task sites may depend on the rows of a task, or cannot be had without them."""
+        values = dict(self.learned.values)
+        noise = torch.ones(1, self.structure.task_size, dtype=self.dtype)
+        full, empty = ((self.initial_theta(), noise, self.tensors(batch), values) for batch in self._with_and_without)
+        read = self.constrain.reads(*full)[2]
         rows = [key for key in read if key != "task_weight" and not key.startswith("task_column:")]
-        return self.structure.exact_size or any(read[key] for key in rows)
+        if self.structure.exact_size or any(read[key] for key in rows):
+            return True
+        try:
+            bare = self.constrain(*empty)
+        except (RuntimeError, IndexError, ValueError):
+            return True
+        return not all(torch.equal(bare[name], value) for name, value in self.constrain(*full).items())
 
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         """The tensors of a batch as the model's functions take them: floating ones in `dtype`."""

@@ -34,6 +34,7 @@ BY_COLUMN = 3
 """Up to this dimension a Hessian is recorded column by column."""
 
 _COMPILING = threading.RLock()
+_COMPILER_FAILED = (RuntimeError, OSError, ImportError, AssertionError, AttributeError)
 
 
 def traced(
@@ -123,9 +124,10 @@ def compile_graph(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> Tens
             warnings.simplefilter("ignore")
             try:
                 return _compiled(graph, leaves, trusted=True)
-            except RuntimeError:
+            except _COMPILER_FAILED:
+                _forget_processor()
                 return _compiled(graph, leaves, trusted=False)
-    except (RuntimeError, OSError, ImportError) as error:
+    except _COMPILER_FAILED as error:
         logger.info("a graph runs uncompiled, the compiler failed: %s", error)
         return contract(graph).forward
 
@@ -140,6 +142,14 @@ def _compiled(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], *, trusted:
         compiled = torch._inductor.compile(_cacheable(graph), examples)
     compiled(*leaves)
     return compiled  # type: ignore[no-any-return]
+
+
+def _forget_processor() -> None:
+    """Makes torch forget which vector instructions it took for granted."""
+    for found in vars(torch._inductor.cpu_vec_isa).values():
+        for remembered in vars(found).values() if isinstance(found, type) else [found]:
+            if hasattr(remembered, "cache_clear"):
+                remembered.cache_clear()
 
 
 def _cacheable(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -131,7 +131,10 @@ class Sampled(Flat):
 
 
 class Fixed:
-    """Latents of a trial run, whatever their shapes: coordinates around `centre`, others for each task of a batch."""
+    """Latents of a trial run, whatever their shapes: coordinates around `centre`.
+
+    The middle task of every batch has the same ones, its neighbours have others.
+    """
 
     def __init__(self, centre: float = 0.0) -> None:
         self._centre = centre
@@ -141,14 +144,15 @@ class Fixed:
         one = torch.linspace(0.5 * self._centre, 1.5 * self._centre, event.numel()).reshape(event)
         if not batch_dims:
             return one
-        return one * (1.0 + 0.5 * torch.arange(shape[0]).flip(0)).reshape(-1, *[1] * (len(shape) - 1))
+        distance = (torch.arange(shape[0]) - shape[0] // 2).abs()
+        return one * (1.0 + 0.5 * distance).reshape(-1, *[1] * (len(shape) - 1))
 
     def shared(self, name: str, fn: dist.TorchDistribution) -> tuple[Tensor, Tensor, Tensor]:
         """Constrains the fixed coordinates."""
         return _constrain(fn, self._at(_unconstrained_shape(fn), 0))
 
     def task(self, name: str, fn: dist.TorchDistribution, plain: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps the fixed noise, which the last task of any batch shares."""
+        """Maps the fixed noise."""
         value, log_prior = whitening.whiten(fn, self._at(_unconstrained_shape(fn), whitening.BATCH_DIMS))
         return value, log_prior, torch.zeros_like(log_prior)
 

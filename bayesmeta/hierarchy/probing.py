@@ -59,7 +59,7 @@ def probe(run: Run, tasks: Tasks, structure: Structure, dtype: torch.dtype) -> d
     """Compares trial runs.
 
     Args:
-        run: `(positions of tasks, rows to pad to) -> Trace`, at the same coordinates for every task.
+        run: `(positions of tasks, rows to pad to) -> Trace`, at the same coordinates for the middle task of each batch.
         tasks: The tasks.
         structure: What the first reading found.
         dtype: Decides how far numbers may differ.
@@ -72,21 +72,22 @@ def probe(run: Run, tasks: Tasks, structure: Structure, dtype: torch.dtype) -> d
     """
     small, large = _small_and_large(tasks)
     rows = max(1, int(tasks.sizes[large]))
-    pair, padded = attempt(run, [large, small], rows), attempt(run, [large, small], rows + 1)
+    several = [large, large, small, large]
+    among, padded = attempt(run, several, rows), attempt(run, several, rows + 1)
     alone = attempt(run, [small], rows)
     own = attempt(run, [small], max(1, int(tasks.sizes[small])))
-    for other in (pair, padded, alone):
+    for other in (among, padded, alone):
         _check_sites(other, structure)
     tolerance = _TOLERANCE.get(dtype, 1e-4)
     same = functools.partial(torch.allclose, rtol=tolerance, atol=tolerance, equal_nan=True)
-    _check_shared(pair, padded, alone, same)
-    if not same(pair.log_task()[-1:], alone.log_task()):
+    _check_shared(among, padded, alone, same)
+    if not same(among.log_task()[2:3], alone.log_task()):
         raise ValueError(
             "the density of one task depends on the other tasks of the batch (a mean or a normalisation over tasks?); "
             "every task must stand alone: pass such numbers as a task column (task_columns=)"
         )
-    values = tuple(n for n in structure.task_values if _a_task(pair, n) and _a_task(padded, n))
-    return {"task_values": values} | _padding([(pair, padded), (alone, own)], same)
+    values = tuple(n for n in structure.task_values if _a_task(among, n) and _a_task(padded, n))
+    return {"task_values": values} | _padding([(among, padded), (alone, own)], same)
 
 
 def _padding(runs: list[tuple[Trace, Trace]], same: Same) -> dict[str, Any]:
@@ -136,10 +137,10 @@ def _check_sites(trace: Trace, structure: Structure) -> None:
             )
 
 
-def _check_shared(pair: Trace, padded: Trace, alone: Trace, same: Same) -> None:
-    if same(pair.shared_prior, padded.shared_prior) and same(pair.shared_prior, alone.shared_prior):
+def _check_shared(among: Trace, padded: Trace, alone: Trace, same: Same) -> None:
+    if same(among.shared_prior, padded.shared_prior) and same(among.shared_prior, alone.shared_prior):
         return
-    outside = [site.name for site in pair.observed if site.shared]
+    outside = [site.name for site in among.observed if site.shared]
     raise ValueError(
         f"the log density outside batch.tasks() depends on the batch (observed sites there: {outside}); put observed "
         "sites inside `with batch.tasks():` (and batch.observations()), and let shared priors use constants only"

@@ -19,13 +19,14 @@ Statistic = Callable[[np.ndarray], float]
 def mixing(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rank-normalised split R-hat and bulk effective sample size, `(d,)` each, of draws `(chain, draw, d)`.
 
-    What does not move has R-hat 1 and as many effective draws as there are. R-hat of one chain is that of its halves.
+    What does not move in some chain has not been sampled: R-hat inf, no effective draw. R-hat of one chain is that of
+    its halves.
     """
     rhat, ess = _statistics()
     half = draws.shape[1] // 2
     split = draws if len(draws) > 1 else np.stack([draws[0, :half], draws[0, -half:]])
-    moving = ~(np.ptp(draws, axis=(0, 1)) == 0)
-    found = np.array([np.ones(len(moving)), np.full(len(moving), float(draws.shape[0] * draws.shape[1]))])
+    moving = ~(np.ptp(draws, axis=1) == 0).any(0)
+    found = np.array([np.full(len(moving), np.inf), np.zeros(len(moving))])
     for i in np.flatnonzero(moving):
         found[:, i] = rhat(split[..., i]), ess(draws[..., i])
     return found[0], found[1]

@@ -29,7 +29,8 @@ EFFECTIVE_CANDIDATES = 16
 MAX_CANDIDATES = COUNTS[-1]
 PILOT_THETA = 64
 KEPT_NUMBERS = 2**28
-"""Numbers that the candidates of known tasks may take up (2 GiB); of more only the draws are kept."""
+"""Numbers among the candidates of known tasks that are kept (2 GiB; twice as much while they are drawn): of more
+only the draws are."""
 BLOCK_NUMBERS = 2**25
 """Numbers that candidates take up at once where they are not kept."""
 _TOLD = ("khat", "ess", "method", "flag")

@@ -97,6 +97,9 @@ class Shared:
 class Posterior:
     """The posterior of the parameters of some tasks.
 
+    Means, sds and quantiles are weighted over all candidates of a task, its draws are chosen among them; of very many
+    known tasks the candidates are not kept, and moments are those of the draws.
+
     Attributes:
         names: Task names.
         khat: Pareto k̂ of each task `(task,)`: 0 for exact answers and the prior.
@@ -267,9 +270,10 @@ def constrained(density: TaskDensity, tasks: Tasks, theta: Tensor, noise: Tensor
     """Values of all task sites for draws θ `(K, d_theta)` and noise `(K, T, d)`: `{site: (K, T, *event)}`."""
     found: dict[str, np.ndarray] = {}
     values = dict(density.learned.values)
-    tasks = tasks if density.values_read_rows else tasks.without_rows()
+    by_rows = density.values_read_rows
+    tasks = tasks if by_rows else tasks.without_rows()
     with torch.no_grad():
-        for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True):
+        for chunk in task_chunks(tasks, exact_size=by_rows, rounded=True):
             data = density.tensors(chunk.batch)
             filled = torch.as_tensor(np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge"))
             for place, part in theta_chunks(theta, chunk.batch):

@@ -78,7 +78,7 @@ def test_one_shared_value_a_task_is_refused() -> None:
                 pyro.sample("y", dist.Normal(phi, 1.0), obs=batch.y)
 
     assert refused(model, "shared site 'effects' has shape")
-    assert refused(model, "shared site 'effects' has shape (1,) in one batch and (2,)", make_tasks(sizes=(3,)))
+    assert refused(model, "shared site 'effects' has shape (1,) in one batch and (4,)", make_tasks(sizes=(3,)))
 
 
 def test_observed_sites_outside_the_task_plate_must_not_see_the_batch() -> None:
@@ -99,7 +99,17 @@ def test_shared_priors_must_not_see_the_data() -> None:
     assert refused(model, "let shared priors use constants only")
 
 
-@pytest.mark.parametrize("seen", [lambda phi, batch: phi.mean(0), lambda phi, batch: batch.x[:1, :1, 0]])
+@pytest.mark.parametrize(
+    "seen",
+    [
+        lambda phi, batch: phi.mean(0),
+        lambda phi, batch: batch.x[:1, :1, 0],
+        lambda phi, batch: batch.x[-1:, :1, 0],
+        lambda phi, batch: phi[-1:],
+        lambda phi, batch: phi.cumsum(0) - phi,
+        lambda phi, batch: phi.flip(0).cumsum(0).flip(0) - phi,
+    ],
+)
 def test_tasks_must_not_see_each_other(seen: Callable[[Tensor, Batch], Tensor]) -> None:
     text = "the density of one task depends on the other tasks of the batch"
     assert refused(with_mean(lambda phi, batch: phi - seen(phi, batch)), text)
@@ -139,7 +149,7 @@ def test_values_of_rows_are_not_values_of_a_task() -> None:
         assert TaskDensity(model, make_tasks(sizes=sizes)).structure.task_values == ("phi", "twice")
 
 
-@pytest.mark.parametrize("reading", ["nothing", "task column", "x", "size"])
+@pytest.mark.parametrize("reading", ["nothing", "task column", "x", "size", "loop", "padding"])
 def test_what_reads_rows_is_known_whatever_the_rows_are(reading: str) -> None:
     def model(batch: Batch) -> None:
         seen = {
@@ -147,15 +157,17 @@ def test_what_reads_rows_is_known_whatever_the_rows_are(reading: str) -> None:
             "task column": lambda: batch["u"],
             "x": lambda: batch.x[:, :1],
             "size": lambda: batch.n.unsqueeze(-1).double(),
+            "loop": lambda: sum(batch.mask[:, j : j + 1] * 1.0 for j in range(1, batch.x.shape[1])),
+            "padding": lambda: 1.0 * (batch.x.shape[1] > 1),
         }[reading]()
         with batch.tasks():
             phi = pyro.sample("phi", dist.Normal(seen, 1.0))
             with batch.observations():
                 pyro.sample("y", dist.Normal(phi + batch.x, 1.0), obs=batch.y)
 
-    y = [[0.1, 0.2], [0.3]]
-    tasks = bm.Tasks.from_arrays([np.ones(2), np.ones(1)], y, task_columns={"u": [1.0, 2.0]})
-    assert TaskDensity(model, tasks).values_read_rows == (reading in ("x", "size"))
+    y = [[0.1], [0.3, 0.2]]
+    tasks = bm.Tasks.from_arrays([np.ones(1), np.ones(2)], y, task_columns={"u": [1.0, 2.0]})
+    assert TaskDensity(model, tasks).values_read_rows == (reading not in ("nothing", "task column"))
 
 
 def test_single_and_empty_tasks_can_be_read() -> None:

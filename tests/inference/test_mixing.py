@@ -38,10 +38,12 @@ def test_one_chain_that_wanders_is_seen() -> None:
     assert mixing(draws)[0][0] > 1.5
 
 
-def test_what_does_not_move_and_what_is_not_a_number() -> None:
-    draws = autoregressive(2, 100, 0.0)[..., None].repeat(3, -1)
+def test_a_chain_that_does_not_move_has_sampled_nothing_and_what_is_not_a_number_stays_so() -> None:
+    draws = autoregressive(2, 100, 0.0)[..., None].repeat(5, -1)
     draws[..., 1] = 2.0
-    draws[0, 3, 2] = np.nan
+    draws[0, :, 2] = 1.0
+    draws[..., 3] = [[1.0], [2.0]]
+    draws[0, 3, 4] = np.nan
     rhat, ess = mixing(draws)
-    assert (rhat[1], ess[1]) == (1.0, 200.0)
-    assert np.isnan(rhat[2]) and np.isfinite(rhat[0])
+    assert (rhat[1:4] == np.inf).all() and (ess[1:4] == 0).all()
+    assert np.isnan(rhat[4]) and np.isfinite(rhat[0])

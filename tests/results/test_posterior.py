@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pyro
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conjugate import ROWS, SIGMA, TAU, centre, density, exact, make_tasks, setting
 from scipy.stats import norm
+from torch import Tensor
 
 import bayesmeta as bm
 from bayesmeta.data.batch import Batch
@@ -236,3 +238,35 @@ def test_rankings_of_known_tasks_follow_from_joint_draws() -> None:
         sd = math.sqrt(covariance[i, i] + covariance[j, j] - 2 * covariance[i, j])
         truth = norm.cdf((mean[i] - mean[j]) / sd)
         assert abs((a[:, i] > a[:, j]).mean() - truth) < 4 * math.sqrt(truth * (1 - truth) / effective)
+
+
+def test_values_that_read_rows_are_those_of_unpadded_tasks() -> None:
+    def model(batch: Batch) -> None:
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            pyro.deterministic("at the mean", phi + batch.x.mean(-1, keepdim=True))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(phi, 1.0), obs=batch.y)
+
+    x = [np.arange(float(n)) for n in (6, 6, 3)]
+    tasks = bm.Tasks.from_arrays(x, [0 * rows for rows in x])
+    noise = torch.randn(5, 3, 1, dtype=torch.float64)
+    found = constrained(TaskDensity(model, tasks), tasks, torch.zeros(5, 0, dtype=torch.float64), noise)
+    means = np.array([rows.mean() for rows in x])
+    np.testing.assert_allclose(found["at the mean"], noise[..., 0].numpy() + means, rtol=1e-12)
+
+
+@pytest.mark.parametrize("second", [lambda x: x[:, 1:2], lambda x: x[:, 1].unsqueeze(-1)])
+def test_values_of_a_model_that_needs_two_rows(second: Callable[[Tensor], Tensor]) -> None:
+    def model(batch: Batch) -> None:
+        step = second(batch.x) - batch.x[:, :1]
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.0, 2.0))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(phi * batch.x / step, 1.0), obs=batch.y)
+
+    x = [np.arange(float(n)) for n in (4, 2)]
+    tasks = bm.Tasks.from_arrays(x, [0 * rows for rows in x])
+    noise = torch.randn(5, 2, 1, dtype=torch.float64)
+    found = constrained(TaskDensity(model, tasks), tasks, torch.zeros(5, 0, dtype=torch.float64), noise)["phi"]
+    np.testing.assert_allclose(found, 2 * noise[..., 0].numpy())
