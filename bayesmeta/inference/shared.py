@@ -28,11 +28,16 @@ class NormalShared(SharedPosterior):
 
     origin: Tensor
     unit: Tensor
+    identity: Tensor
+    below: Tensor
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.register_buffer("origin", loc.clone())
         self.register_buffer("unit", scale.clone())
+        identity = torch.eye(len(loc), dtype=loc.dtype)
+        self.register_buffer("identity", identity, persistent=False)
+        self.register_buffer("below", torch.ones_like(identity).tril(-1), persistent=False)
         self.mean = nn.Parameter(torch.zeros_like(loc))
         self.log_diagonal = nn.Parameter(torch.full_like(loc, INITIAL_SD).log())
         self.lower = nn.Parameter(torch.zeros(len(loc), len(loc), dtype=loc.dtype))
@@ -49,8 +54,7 @@ class NormalShared(SharedPosterior):
 
     def factor(self) -> Tensor:
         """The Cholesky factor L `(d, d)` in prior units: rows scaled by the sds, so that `lower` has no unit."""
-        diagonal = self.log_diagonal.exp()
-        return diagonal.unsqueeze(-1) * (self.lower.tril(-1) + torch.eye(len(diagonal), dtype=diagonal.dtype))
+        return torch.addcmul(self.identity, self.lower, self.below) * self.log_diagonal.exp().unsqueeze(-1)
 
     def sample(self, count: int, *, wide: bool = False) -> Tensor:
         """Reparametrised draws `(count, d)`."""
