@@ -23,7 +23,7 @@ from torch.func import functionalize, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bayesmeta.hierarchy.derivatives import curvature, record, traced, value_and_gradient
+from bayesmeta.hierarchy.derivatives import Prepared, curvature, record, traced, value_and_gradient
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -192,6 +192,10 @@ def _dense(args: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any], Any]:
     return tuple(args), leaves, keys
 
 
+def _second_first(function: TensorFunction, second: Tensor, first: Tensor, *others: Tensor) -> Any:
+    return function(first, second, *others)
+
+
 def _refill(arg: Any, found: Iterator[Tensor]) -> Any:
     if isinstance(arg, Tensor):
         return next(found)
@@ -225,7 +229,7 @@ class Recorded:
         self._graphs: dict[Any, TensorFunction] = {}
         self._mapped: dict[Any, TensorFunction] = {}
         self._gradients: dict[Any, tuple[TensorFunction, pytree.TreeSpec]] = {}
-        self._curvatures: dict[Any, TensorFunction] = {}
+        self._curvatures: dict[Any, Prepared] = {}
         self.status: dict[Any, str] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -302,24 +306,40 @@ class Recorded:
         gradients = iter(found[spec.num_leaves :])
         return value, tuple(_refill(args[i], gradients) for i in wrt)
 
-    def curvature(self, *args: Any, in_dims: Any = None, compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def curvature(self, *args: Any, in_dims: Any = None) -> tuple[Tensor, Tensor, Tensor]:
         """Value `(*batch)`, gradient `(*batch, d)` and Hessian `(*batch, d, d)` for the second argument `(*batch, d)`.
 
         Args:
-            *args: The function's arguments; the first is one tensor.
+            *args: The function's arguments; the first two are one tensor each.
             in_dims: As in `mapped`; None does not map.
-            compiled: Compile the graph.
         """
-        args, leaves, keys = _dense(args)
-        key = (signature(leaves), keys, in_dims, compiled)
+        return self.curvature_at(args[0], *args[2:], example=args[1], in_dims=in_dims)(args[1])
+
+    def curvature_at(
+        self, *others: Any, example: Tensor, in_dims: Any = None
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """`curvature` as a function of the second argument alone: what depends on the others is computed once.
+
+        Args:
+            *others: All arguments but the second.
+            example: Of the second argument.
+            in_dims: As in `curvature`.
+        """
+        args, leaves, keys = _dense((others[0], example, *others[1:]))
+        key = (signature(leaves), keys, in_dims)
         if key not in self._curvatures:
             call = self.graph(*args) if in_dims is None else self.mapped_graph(*args, in_dims=in_dims)
-            function = functools.partial(curvature, call, 1)
-            examples = [leaf.detach() for leaf in leaves]
+            first, second, *rest = (leaf.detach() for leaf in leaves)
+            moved = functools.partial(_second_first, functools.partial(curvature, call, 1))
             recordable = isinstance(call, torch.fx.GraphModule)
-            self._curvatures[key] = record(function, examples, compiled=compiled) if recordable else function
-        found = self._curvatures[key](*leaves)
-        return tuple(part.detach() for part in found)
+            self._curvatures[key] = Prepared(moved, [second], [first, *rest], recordable=recordable)
+        function = self._curvatures[key].of([leaves[0], *leaves[2:]])
+
+        def at(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            value, gradient, hessian = (part.detach() for part in function(point.contiguous()))
+            return value, gradient, hessian
+
+        return at
 
     def _differentiate(
         self, args: Any, wrt: Sequence[int], in_dims: Any, weights: Sequence[float], compiled: bool

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,8 @@ from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.hierarchy.derivatives import compile_graph, traced
-from bayesmeta.hierarchy.hoisting import hoist
-from bayesmeta.hierarchy.simplify import simplify
+from bayesmeta.hierarchy.derivatives import Prepared
 from bayesmeta.inference.chunks import like_sizes
-
-logger = logging.getLogger("bayesmeta")
 
 PIECE_DRAWS = 16
 """How often the rows of a task are evaluated, relative to what one more piece costs: few pieces compile quickly."""
@@ -134,12 +129,13 @@ class Collected:
             One function of `(*arguments, *values)` a block; a model that cannot be recorded runs as it is.
         """
         values = [value.detach() for value in self.values.values()]
-        made: dict[Any, Compiled] = {}
+        made: dict[Any, Prepared] = {}
         for block in self.blocks:
             if block.shape not in made:
                 varying = [*examples(block), *values]
                 bound = _reordered(functools.partial(function, block), len(varying) - len(values), len(values))
-                made[block.shape] = Compiled(bound, varying, block.leaves, recordable=self._recordable(block))
+                recordable = self._recordable(block)
+                made[block.shape] = Prepared(bound, varying, block.leaves, recordable=recordable, compiled=True)
         return [made[block.shape].of(block.leaves) for block in self.blocks]
 
     def _recordable(self, block: Block) -> bool:
@@ -159,39 +155,6 @@ def in_double(density: TaskDensity, tasks: Tasks) -> TaskDensity:
     precise = TaskDensity(density.model, tasks)
     precise.learned.values.update({name: value.double() for name, value in density.learned.values.items()})
     return precise
-
-
-class Compiled:
-    """A function of varying tensors and of data, compiled; what depends on the data alone is computed once for each.
-
-    Args:
-        function: Maps `(*varying, *data)` to tensors; it may differentiate inside.
-        varying: Examples of the arguments that calls change.
-        data: An example of the others.
-        recordable: Whether it may be recorded; otherwise, and where that fails, it runs as it is.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], varying: list[Tensor], data: list[Tensor], *, recordable: bool
-    ) -> None:
-        self._prepare: Callable[..., Sequence[Tensor]] = lambda *fixed: fixed
-        self._function = function
-        if recordable:
-            self._compile(varying, data)
-
-    def _compile(self, varying: list[Tensor], data: list[Tensor]) -> None:
-        try:
-            graph = simplify(traced(self._function, [*varying, *data]))
-        except (RuntimeError, NotImplementedError) as error:
-            logger.info("derivatives of a graph could not be recorded, autograd computes them: %s", error)
-            return
-        self._prepare, after = hoist(graph, len(varying))
-        self._function = compile_graph(after, [*varying, *self._prepare(*data)])
-
-    def of(self, data: list[Tensor]) -> Callable[..., Any]:
-        """The function of the varying arguments with these data."""
-        function, known = self._function, self._prepare(*data)
-        return lambda *given: function(*given, *known)
 
 
 def _reordered(function: Callable[..., Any], width: int, count: int) -> Callable[..., Any]:

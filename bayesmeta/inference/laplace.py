@@ -76,12 +76,9 @@ class Modes:
 
 def curvature_of(density: TaskDensity, data: dict[str, Tensor], theta: Tensor) -> Curvature:
     """The curvature of the log joint of a batch at draws of θ `(S, d_theta)`."""
+    noise = theta.new_zeros(len(theta), len(data["n"]), density.structure.task_size)
     values = dict(density.learned.values)
-
-    def at(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return density.log_task.curvature(theta, noise, data, values, in_dims=BY_DRAW)
-
-    return at
+    return density.log_task.curvature_at(theta, data, values, example=noise, in_dims=BY_DRAW)
 
 
 @dataclass

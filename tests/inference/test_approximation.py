@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference import approximation, collected
+from bayesmeta.inference import approximation
 from bayesmeta.inference.approximation import Comparison, assess, compare, mended
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.evidence import Evidence
@@ -30,7 +31,7 @@ THETA = torch.as_tensor(np.stack(np.meshgrid(MUS, LOGS, indexing="ij"), -1).resh
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collected, "compile_graph", lambda graph, leaves: graph)
+    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
 
 
 def counts(batch: Batch) -> None:

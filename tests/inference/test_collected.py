@@ -12,6 +12,7 @@ from scenarios import make_net, network
 from scenarios import make_tasks as scenario_tasks
 from torch import Tensor
 
+from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import collected
 from bayesmeta.inference.collected import Block, Collected, in_double
@@ -55,7 +56,7 @@ def one(graph: Any, theta: Tensor, noise: Tensor, leaves: Any) -> Tensor:
 @pytest.mark.parametrize("most", [2**20, 120])
 def test_compiled_functions_have_the_data_of_their_block(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     made: list[int] = []
-    monkeypatch.setattr(collected, "compile_graph", lambda graph, leaves: made.append(1) or graph)
+    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: made.append(1) or graph)
     found = gathered(monkeypatch, most)
     theta = torch.tensor([0.7], dtype=torch.float64)
     functions = found.compiled(summed, lambda block: (theta, torch.zeros(block.count, 1, dtype=theta.dtype)))

@@ -14,8 +14,8 @@ from conjugate import ROWS, centre, close, conditional, exact, known_mean, make_
 from torch import nn
 
 import bayesmeta as bm
+from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference import collected
 from bayesmeta.inference.evidence import Evidence
 from bayesmeta.inference.marginal import Signed
 from benchmarks import exact_posteriors
@@ -37,7 +37,7 @@ def test_names_of_posteriors() -> None:
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers without the compiler's seconds."""
-    monkeypatch.setattr(collected, "compile_graph", lambda graph, leaves: graph)
+    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
 
 
 def test_a_normal_is_corrected_to_the_exact_posterior() -> None:

@@ -15,6 +15,7 @@ import torch
 from conjugate import centre, drawn_rows, make_tasks
 
 import bayesmeta as bm
+from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import collected
 from bayesmeta.inference.nuts import Drawn, Joint, from_chains, sample
@@ -121,7 +122,7 @@ def test_draws_of_chains_weigh_alike() -> None:
 
 @pytest.mark.parametrize("most", [2**20, 60])
 def test_the_joint_is_the_models_and_its_gradient(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collected, "compile_graph", lambda graph, leaves: graph)
+    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
     monkeypatch.setattr(collected, "BLOCK_ELEMENTS", most)
     tasks = make_tasks(drawn_rows(12, seed=0, sizes=(1, 7, 12)))
     density = TaskDensity(centre, tasks)
