@@ -41,6 +41,8 @@ SHORTEST = 8
 """Chains with fewer draws have no diagnostics."""
 JITTER = 0.1
 """Standard deviation of the chains' starts around the prior's centre, in prior units."""
+CLIMB = 40
+"""Steps of L-BFGS from there towards a mode before a chain warms up."""
 STATS = {"diverging": "diverging", "depth": "tree_depth", "n_steps": "n_steps", "step_size": "step_size", "logp": "lp"}
 """Names of nutpie's diagnostics that are kept, and ArviZ' names for them."""
 
@@ -116,8 +118,8 @@ class Joint:
         return total.detach(), gradient
 
     def start(self) -> np.ndarray:
-        """A position near the prior's centre."""
-        return JITTER * torch.randn(self._size + self._collected.count * self._dim, dtype=torch.float64).numpy()
+        """A position some steps uphill from one near the prior's centre."""
+        return climbed(self, JITTER * torch.randn(self._size + self._collected.count * self._dim, dtype=torch.float64))
 
     def view(self, positions: np.ndarray) -> np.ndarray:
         """Positions `(chain, draw, d)` as θ and the noise of the tasks in their own order."""
@@ -141,6 +143,23 @@ class Joint:
             total, head = total + float(value), head + gradient[: self._size]
             tail.append(gradient[self._size :])
         return total, torch.cat([head, *tail]).numpy()
+
+
+def climbed(function: LogDensity, start: Tensor) -> np.ndarray:
+    """A position `(d,)` after a few steps of L-BFGS from `start`; the start itself where the density fails."""
+    at = start.clone().requires_grad_()
+    search = torch.optim.LBFGS([at], max_iter=CLIMB, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        value, gradient = function(at.detach().numpy())
+        at.grad = -torch.as_tensor(gradient)
+        return -value if math.isfinite(value) else math.inf
+
+    try:
+        search.step(closure)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return start.numpy()
+    return at.detach().numpy() if math.isfinite(-closure()) else start.numpy()
 
 
 def check_lengths(name: str, chains: int, warmup: int, draws: int) -> None:

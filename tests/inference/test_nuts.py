@@ -18,7 +18,7 @@ import bayesmeta as bm
 from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import collected
-from bayesmeta.inference.nuts import Drawn, Joint, from_chains, sample
+from bayesmeta.inference.nuts import Drawn, Joint, climbed, from_chains, sample
 from benchmarks.exact_posteriors import eight_schools, schools
 
 
@@ -127,7 +127,7 @@ def test_the_joint_is_the_models_and_its_gradient(most: int, monkeypatch: pytest
     tasks = make_tasks(drawn_rows(12, seed=0, sizes=(1, 7, 12)))
     density = TaskDensity(centre, tasks)
     joint = Joint(density, tasks)
-    position = joint.start()
+    position = np.random.default_rng(0).normal(size=13)
     value, gradient = joint(position)
     unit = joint.view(position[None, None])[0, 0]
     theta, noise = torch.as_tensor(unit[:1]), torch.as_tensor(unit[1:]).reshape(12, 1)
@@ -137,6 +137,35 @@ def test_the_joint_is_the_models_and_its_gradient(most: int, monkeypatch: pytest
     for k in (0, 1, 7, 12):
         step = 1e-5 * np.eye(13)[k]
         assert gradient[k] == pytest.approx((joint(position + step)[0] - joint(position - step)[0]) / 2e-5, rel=1e-6)
+
+
+def test_chains_start_uphill_of_the_priors_centre_each_somewhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
+    tasks = make_tasks(drawn_rows(12, seed=0, sizes=(1, 7, 12)))
+    joint = Joint(TaskDensity(centre, tasks), tasks)
+    torch.manual_seed(0)
+    starts = [joint.start() for _ in range(2)]
+    for start in starts:
+        assert joint(start)[0] > joint(np.zeros(13))[0] + 50
+        assert np.abs(joint(start)[1]).max() < 1e-3
+    assert np.abs(starts[0] - starts[1]).max() > 1e-9
+
+
+def test_a_climb_that_fails_ends_where_it_began() -> None:
+    origin = torch.tensor([3.0, -2.0], dtype=torch.float64)
+
+    def nowhere(position: np.ndarray) -> tuple[float, np.ndarray]:
+        return math.nan, np.zeros(2)
+
+    def singular(position: np.ndarray) -> tuple[float, np.ndarray]:
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    def parabola(position: np.ndarray) -> tuple[float, np.ndarray]:
+        return -float(((position - 1) ** 2).sum()), -2 * (position - 1)
+
+    for function in (nowhere, singular):
+        np.testing.assert_array_equal(climbed(function, origin), origin)
+    np.testing.assert_allclose(climbed(parabola, origin), 1.0)
 
 
 def test_progress_is_shown_only_on_request(capfd: pytest.CaptureFixture[str]) -> None:
