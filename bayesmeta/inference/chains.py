@@ -1,7 +1,7 @@
 """The last rung of the ladder: Markov chains on the model's density, for the few tasks that need them.
 
 `transitions.py` moves chains; here they meet the model. Known tasks start at their Laplace draws, one chain at each
-draw of θ; new tasks are tempered from the prior together with θ.
+draw of θ; new tasks, and all tasks where nothing is shared, are tempered from the prior together with θ.
 """
 
 from __future__ import annotations
@@ -60,8 +60,12 @@ def _target(density: TaskDensity, guides: Guides, theta: Tensor, data: dict[str,
 
 
 def move_new(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, log_weight: Tensor) -> Parts:
-    """Particles (θ, φ) of every new task, θ from its draws `(S, d_theta)` with log weights `(S, T)` to begin with."""
+    """Particles (θ, φ) of every new task, θ from its draws `(S, d_theta)` with log weights `(S, T)` to begin with.
+
+    Without shared parameters known tasks are no different.
+    """
     parts: Parts = []
+    paired = theta.shape[1] > 0
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
     together = max(1, min(TOGETHER, LARGEST // (len(theta) * _elements(tasks))))
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=together, rounded=True):
@@ -73,9 +77,9 @@ def move_new(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, 
         settled = settle(population.target(pairs, torch.ones_like(evidence)), chains)
         for place, task in enumerate(chunk.index):
             one = theta[pairs[:, place]]
-            left = len(pairs[:, place].unique()) / len(theta)
+            left = len(pairs[:, place].unique()) / len(theta) if paired else 1.0
             flag = "" if settled[place] and bool(evidence[place].isfinite()) and left >= LEAST_THETA else UNSETTLED
-            drawn = equal_draws(one, chains.noise[:, place : place + 1], "nuts", math.nan, flag, joint=False)
+            drawn = equal_draws(one, chains.noise[:, place : place + 1], "nuts", math.nan, flag, joint=not paired)
             drawn.ess = np.array([left])
             parts.append((np.array([task]), drawn))
     return parts

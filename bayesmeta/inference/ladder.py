@@ -171,7 +171,7 @@ class _Climber:
         if not len(positions):
             return
         tasks = self.tasks[positions]
-        if self.known:
+        if self.known and self.density.structure.shared_size:
             parts = move_known(self.density, self.guides, self.theta, tasks, self.found.chosen(positions))
             several = self._modes(positions) > 1
             for index, drawn in parts:

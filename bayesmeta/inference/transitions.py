@@ -21,9 +21,10 @@ TARGET = 0.8
 LOWEST, HIGHEST = 0.6, 0.99
 """Acceptance outside of which chains are not trusted: too high, and they stand still because their steps are tiny."""
 TUNING = 15
-ROUND = 10
-"""Transitions between two looks at the chains."""
-MAX_ROUNDS = 8
+ROUNDS = (10, 20, 40, 80)
+"""Transitions between two looks at the chains: as many as all before, so that a slow drift shows."""
+SHORTEST = 0.2
+"""Each chain's step is the tuned one times a factor between this and 1, log-uniform: necks need shorter steps."""
 LEAPS = (3, 9)
 """Leapfrog steps of a transition, drawn uniformly."""
 DRIFT = 4.0
@@ -76,7 +77,7 @@ def transition(target: Target, chains: Chains) -> None:
     """One Hamiltonian transition of all chains, in place."""
     start, scale = chains.noise, chains.scale
     leaps = int(torch.randint(LEAPS[0], LEAPS[1] + 1, ()))
-    step = (chains.step * (0.8 + 0.4 * torch.rand_like(chains.step)))[:, None]
+    step = (chains.step * SHORTEST ** torch.rand(start.shape[:-1], dtype=start.dtype)).unsqueeze(-1)
     momentum = torch.randn_like(start)
     before, gradient = target(start)
     kinetic, noise, value = 0.5 * momentum.square().sum(-1), start, before
@@ -112,11 +113,11 @@ def tune(target: Target, chains: Chains, *, transitions: int = TUNING) -> None:
 def settle(target: Target, chains: Chains) -> np.ndarray:
     """Moves chains until their acceptance is good and their moments stand still; says for which tasks: `(T,)`."""
     settled = torch.zeros(chains.noise.shape[1], dtype=torch.bool)
-    for _ in range(MAX_ROUNDS):
+    for length in ROUNDS:
         before, acceptance = chains.noise, torch.zeros_like(chains.step)
-        for _ in range(ROUND):
+        for _ in range(length):
             transition(target, chains)
-            acceptance = acceptance + chains.acceptance / ROUND
+            acceptance = acceptance + chains.acceptance / length
         settled = (acceptance > LOWEST) & (acceptance < HIGHEST) & _still(before, chains.noise)
         if bool(settled.all()):
             break

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conjugate import ROWS, drawn_rows, exact, setting
@@ -28,6 +31,8 @@ from one_dimensional import (
 )
 from torch import Tensor
 
+import bayesmeta as bm
+from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.inference import ladder
 from bayesmeta.inference.gaussian import GaussianTasks
@@ -236,6 +241,30 @@ def test_chains_say_that_they_cannot_weigh_modes() -> None:
     theta = theta_draws("squares", SQUARES, 200)
     parts = climb(density("squares"), guides(), theta, make_tasks(SQUARES), known=True, refine="nuts")
     assert all("several modes" in drawn.flag[column] for drawn, column in placed(parts, 3))
+
+
+def test_where_nothing_is_shared_chains_weigh_the_modes_of_known_tasks_too() -> None:
+    def model(batch: bm.Batch) -> None:
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.2, 1.0))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(phi.square(), 0.3), obs=batch.y)
+
+    tasks = bm.Tasks.from_arrays(None, [[1.0, 1.2], [0.9, 1.4, 1.1]])
+    read = TaskDensity(model, tasks)
+    theta = torch.zeros(2000, 0, dtype=torch.float64)
+    parts = climb(read, guides(), theta, tasks, known=True, refine="nuts")
+    grid = np.linspace(-4, 4, 4001)
+    for index, drawn in parts:
+        for column, task in enumerate(index):
+            y = tasks[int(task)].y.numpy()
+            log_density = -0.5 * (grid - 0.2) ** 2 - ((y[:, None] - grid**2) ** 2).sum(0) / (2 * 0.3**2)
+            weight = np.exp(log_density - log_density.max())
+            mean = (weight * grid).sum() / weight.sum()
+            phi = 0.2 + drawn.noise[:, column, 0].numpy()
+            assert drawn.flag[column] == "" and drawn.joint
+            assert abs(phi.mean() - mean) < 4 * phi.std() / math.sqrt(len(phi) / 4)
+            assert 0.2 < (phi > 0).mean() < 0.95
 
 
 def test_a_plug_in_theta_and_a_single_draw() -> None:
