@@ -105,6 +105,42 @@ class TaskDensity:
             return True
         return not all(torch.equal(bare[name], value) for name, value in self.constrain(*full).items())
 
+    @functools.cached_property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """Coordinates of the noise in the order in which sites are best inferred: scales, the others, what has these.
+
+        A site comes after those that its prior depends on, and after the positive ones that depend on none.
+        """
+        places, stop = {}, 0
+        for site in self.structure.task:
+            places[site.name] = range(stop, stop := stop + site.size)
+        level: dict[str, int] = {}
+        for site in self.structure.task:
+            parents = [level[name] for name in level if self._moves(places[name], site.name)]
+            level[site.name] = max(parents) + 1 if parents else int(not site.positive)
+        levels = [
+            [i for name in level if level[name] == at for i in places[name]] for at in range(1 + max(level.values()))
+        ]
+        return tuple(tuple(stage) for stage in levels if stage)
+
+    def _moves(self, place: range, name: str) -> bool:
+        """Whether the noise at a place moves the value of another site."""
+        values, data = dict(self.learned.values), self.tensors(self._with_and_without[0])
+        noise = torch.full((1, self.structure.task_size), 0.3, dtype=self.dtype)
+        moved = noise.clone()
+        moved[:, place] = -0.4
+        theta = self.initial_theta()
+        first, second = (self.constrain(theta, at, data, values)[name] for at in (noise, moved))
+        return not torch.equal(first, second)
+
+    @functools.cached_property
+    def index_columns(self) -> tuple[str, ...]:
+        """Columns of whole numbers that the model takes as places in a vector; none where it runs eagerly."""
+        noise = torch.zeros(1, self.structure.task_size, dtype=self.dtype)
+        args = (self.initial_theta(), noise, self.tensors(self._with_and_without[0]), dict(self.learned.values))
+        used = self.log_task.indexes(*args)[2]
+        return tuple(key.split(":", 1)[1] for key in used if ":" in key and used[key])
+
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         """The tensors of a batch as the model's functions take them: floating ones in `dtype`."""
         return {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in batch.tensors.items()}
@@ -315,5 +351,5 @@ def _site(name: str, in_tasks: bool, fn: dist.TorchDistribution) -> Site:
     cut = whitening.BATCH_DIMS if in_tasks else 0
     unconstrained = tuple(whitening.bijection(fn).inverse_shape(fn.shape()))
     kind = whitening.kind(fn) if in_tasks else ""
-    even = whitening.is_even(fn)
-    return Site(name, tuple(fn.shape())[cut:], unconstrained[cut:], kind, whitening.is_improper(fn), even)
+    even, positive = whitening.is_even(fn), whitening.is_positive(fn)
+    return Site(name, tuple(fn.shape())[cut:], unconstrained[cut:], kind, whitening.is_improper(fn), even, positive)

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.contractions import contract
@@ -203,6 +202,8 @@ def compile_graph(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> Tens
 
 def _compiled(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], *, trusted: bool) -> TensorFunction:
     """The compiled graph; `trusted`: the vector instructions that the processor names are not tried out (seconds)."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, for sympy
+
     config = torch._inductor.config
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)  # without shapes nothing is cached
     examples: list[Any] = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]

@@ -80,7 +80,7 @@ class Standardise(nn.Module):
 
 
 class Levels(nn.Module):
-    """Codes of a level column `(R,)` as one-hot or learned vectors `(R, width)`."""
+    """Codes of a level or index column `(R,)` as one-hot or learned vectors `(R, width)`."""
 
     def __init__(self, levels: int) -> None:
         super().__init__()
@@ -100,36 +100,38 @@ class RowInputs(nn.Module):
     """Rows of a batch as network inputs.
 
     x, y and all columns are flattened, standardised with the training tasks' mean and sd, and concatenated; columns of
-    strings become levels; where labels may be missing, an indicator is added and the label is zeroed.
+    strings and indices become levels; where labels may be missing, an indicator is added and the label is zeroed.
 
     Args:
         tasks: Training tasks; their means and sds are kept.
         embed: Module `(R, *dx) -> (R, k)` in place of flattening x (images).
+        indices: Columns of whole numbers, from 0, that the model takes as places in a vector.
 
     Attributes:
         width: Number of inputs a row; `task_width`: number of inputs a task.
+        labels: Which inputs of a row are its labels.
     """
 
-    def __init__(self, tasks: Tasks, *, embed: nn.Module | None = None) -> None:
+    def __init__(self, tasks: Tasks, *, embed: nn.Module | None = None, indices: Sequence[str] = ()) -> None:
         super().__init__()
         self.embed = copy.deepcopy(embed)
         schema = tasks.schema
+        levels = {name: len(values) for name, values in schema.levels.items()}
+        levels |= {name: 1 + int(tasks.columns[name].max()) for name in indices if name not in levels and len(tasks.y)}
         self._missing = schema.missing
         self._x_levels = [(i, name) for i, name in enumerate(schema.x) if name in schema.levels]
         self._columns = tuple(schema.columns)
         self._task_columns = tuple(schema.task_columns)
         self.parts = nn.ModuleDict()
         widths = [self._add("x", self._plain_x(tasks.x)), self._add("y", _matrix(tasks.y))]
+        self.labels = slice(widths[0], sum(widths))
         if self._missing:
             widths.append(widths[1])
         widths += [self._add_levels(f"x.{name}", len(schema.levels[name])) for _, name in self._x_levels]
-        widths += [
-            self._add_column(f"c.{name}", tasks.columns[name], schema.levels.get(name)) for name in self._columns
-        ]
+        widths += [self._add_column(f"c.{name}", tasks.columns[name], levels.get(name)) for name in self._columns]
         self.width = sum(widths)
         self.task_width = sum(
-            self._add_column(f"t.{name}", tasks.task_columns[name], schema.levels.get(name))
-            for name in self._task_columns
+            self._add_column(f"t.{name}", tasks.task_columns[name], levels.get(name)) for name in self._task_columns
         )
 
     def _plain_x(self, x: Tensor) -> Tensor:
@@ -149,9 +151,9 @@ class RowInputs(nn.Module):
         self.parts[_key(key)] = part
         return part.width
 
-    def _add_column(self, key: str, rows: Tensor, levels: Sequence[str] | None) -> int:
+    def _add_column(self, key: str, rows: Tensor, levels: int | None) -> int:
         if levels is not None:
-            return self._add_levels(key, len(levels))
+            return self._add_levels(key, levels)
         return self._add(key, _matrix(rows))
 
     def forward(self, batch: Batch) -> Rows:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.derivatives import Prepared, curvature, record, traced, value_and_gradient
+from bayesmeta.hierarchy.rewriting import indexing
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -246,12 +247,19 @@ class Recorded:
 
     def reads(self, *args: Any) -> Any:
         """Which leaves of `args` the function looks at, a pytree of bools; all of them where it runs eagerly."""
+        return self._of_inputs(args, lambda node: bool(node.users), eagerly=True)
+
+    def indexes(self, *args: Any) -> Any:
+        """Which leaves of `args` are whole numbers that choose among others; none of them where it runs eagerly."""
+        return self._of_inputs(args, indexing, eagerly=False)
+
+    def _of_inputs(self, args: Sequence[Any], judge: Callable[[torch.fx.Node], bool], *, eagerly: bool) -> Any:
         graph = self.graph(*args)
         _, spec = pytree.tree_flatten(args)
-        used = [True] * spec.num_leaves
+        found = [eagerly] * spec.num_leaves
         if isinstance(graph, torch.fx.GraphModule):
-            used = [bool(node.users) for node in graph.graph.nodes if node.op == "placeholder"]
-        return pytree.tree_unflatten(used, spec)
+            found = [judge(node) for node in graph.graph.nodes if node.op == "placeholder"]
+        return pytree.tree_unflatten(found, spec)
 
     def eager(self, *args: Any) -> Any:
         """Runs the original function."""

@@ -12,6 +12,8 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 _EXPANSIONS = (aten.expand.default, Tensor.expand)
+_LOOKUPS: set[Any] = {aten.gather.default, aten.index.Tensor, aten.index_select.default, aten.embedding.default}
+_LOOKUPS |= {torch.gather, torch.index_select}
 
 
 def describe(graph: fx.GraphModule) -> None:
@@ -47,6 +49,17 @@ def constant_of(graph: fx.GraphModule, node: Any) -> Tensor | None:
     """The tensor that a node of a graph holds."""
     value = getattr(graph, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
     return value if isinstance(value, Tensor) else None
+
+
+def indexing(node: fx.Node) -> bool:
+    """Whether a tensor of whole numbers, or a view of it, says where other tensors are looked up."""
+    value = example(node)
+    if value is None or value.dtype not in (torch.int64, torch.int32):
+        return False
+    return any(
+        (user.target in _LOOKUPS and user.args[0] is not node) or (user.target not in _LOOKUPS and indexing(user))
+        for user in node.users
+    )
 
 
 def rewrite(graph: fx.GraphModule, step: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> None:

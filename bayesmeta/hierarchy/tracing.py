@@ -38,7 +38,10 @@ _SUBSAMPLED = (
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site; the shapes of a task site leave out the leading (T, 1). `even`: log of |t| under an even prior."""
+    """A latent site; the shapes of a task site leave out the leading (T, 1).
+
+    `even`: log of |t| under an even prior. `positive`: its values are, as those of a scale.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -46,6 +49,7 @@ class Site:
     kind: str
     improper: bool = False
     even: bool = False
+    positive: bool = False
 
     @property
     def size(self) -> int:

@@ -79,9 +79,16 @@ def is_even(fn: dist.TorchDistribution) -> bool:
     """Whether a prior on the positive half line is half of a smooth, even density (or flat)."""
     base = _strip(fn)
     if is_improper(fn):
-        inner = support(fn)
-        return isinstance(getattr(inner, "base_constraint", inner), _POSITIVE)
+        return is_positive(fn)
     return isinstance(base, (torch.distributions.HalfNormal, torch.distributions.HalfCauchy))
+
+
+def is_positive(fn: dist.TorchDistribution) -> bool:
+    """Whether a distribution lives on the positive half line."""
+    inner: Any = support(fn)
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    return isinstance(inner, _POSITIVE)
 
 
 def bijection(fn: dist.TorchDistribution) -> torch.distributions.Transform:

@@ -26,6 +26,7 @@ from bayesmeta.inference.pooled import PooledGuide
 from bayesmeta.inference.predictive import DEFAULT_CONTEXT, Predictive
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide
 from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
+from bayesmeta.inference.staged import StagedGuide
 from bayesmeta.inference.threads import threads_for
 from bayesmeta.inference.training import History, Optimizer, train
 
@@ -180,15 +181,17 @@ def build_guides(
 ) -> Guides:
     """Everything that training changes, as it is before the first step."""
     shared = SHARED[options.shared](*density.prior_scale()) if shared is None else shared
-    task = options.guide if options.guide is not None else _guide(options)
+    task = options.guide if options.guide is not None else _guide(density, options)
     task.attach(density, tasks)
     values = {name: value.clone().requires_grad_() for name, value in density.learned.values.items()}
     density.learned.values.update(values)  # a guide that follows the density must see them as they are trained
     return Guides(shared, task, values)
 
 
-def _guide(options: Amortized) -> TaskGuide:
+def _guide(density: TaskDensity, options: Amortized) -> TaskGuide:
     natural = options.encoder == "natural"
+    if natural and options.family == "normal" and len(density.stages) > 1:
+        return StagedGuide(density.stages, embed=options.embed)
     guide = NaturalGuide(embed=options.embed) if natural else PooledGuide(encoder=options.encoder, embed=options.embed)
     return FlowGuide(guide) if options.family == "flow" else guide
 

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.gaussian import Pushed
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide, TaskPosterior
 
 Info = Mapping[str, Tensor]
+FARTHEST = 5.0
+"""Bound on what one draw of a task moves its posterior, in sds."""
 BY_DRAW = (0, 0, None, None)
 """The density's arguments θ and noise are mapped over draws, data and learned values are not."""
 
@@ -62,12 +65,34 @@ def elbo(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info
     """
     theta = guides.shared.sample(step.draws)
     posterior = guides.task.condition(theta, step.context)
-    noise = posterior.sample()
+    white, noise = _drawn(posterior)
     log_p, log_joint, gradients = _log_joint(density, guides, step, theta, noise)
-    log_q, held = _log_q(guides, posterior, theta, noise, step.tasks / noise.shape[1])
+    scale = step.tasks / noise.shape[1]
+    log_q, held = _log_q(guides, posterior, theta, noise, scale)
     gradients[: len(held)] = [a - b for a, b in zip(gradients, held, strict=False)]
+    if white is not None:
+        gradients[0] = _bounded(gradients[0], noise, white, scale)
     bound = _Known.apply(log_joint - log_q, gradients, noise, theta, *guides.values.values())
     return -bound / (step.draws * step.tasks), {"log_p": log_p, "theta": theta, "noise": noise}
+
+
+def _drawn(posterior: TaskPosterior) -> tuple[Tensor | None, Tensor]:
+    """The standard noise, where a posterior is a map of it, and a draw."""
+    if not isinstance(posterior, Pushed):
+        return None, posterior.sample()
+    white = torch.randn_like(posterior.example).requires_grad_()
+    return white, posterior.push(white)
+
+
+def _bounded(gradient: Tensor, noise: Tensor, white: Tensor, scale: float) -> Tensor:
+    """The gradient for each draw of a task, at most `FARTHEST` sds of its posterior a coordinate.
+
+    It is the difference of two slopes, nothing at the exact posterior: the bound holds far from there only, where a few
+    tasks whose data are many sds away would outweigh all others.
+    """
+    (steep,) = torch.autograd.grad(noise, white, gradient, retain_graph=True)
+    length = steep.norm(dim=-1, keepdim=True) / scale
+    return gradient * (FARTHEST * math.sqrt(white.shape[-1]) / length).clamp(max=1.0)
 
 
 def importance_weighted(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info]:

@@ -21,9 +21,13 @@ TARGET = 0.8
 LOWEST, HIGHEST = 0.6, 0.99
 """Acceptance outside of which chains are not trusted: too high, and they stand still because their steps are tiny."""
 TUNING = 15
-ROUNDS = (10, 20, 40, 80)
+ROUNDS = (10, 20, 40, 80, 160)
 """Transitions between two looks at the chains: as many as all before, so that a slow drift shows."""
-SHORTEST = 0.2
+LEAST = 40
+"""Rounds shorter than this only adapt: they are too short to show a drift."""
+STUCK = 0.01
+"""Share of the chains that may stay where they are for a whole round."""
+SHORTEST = 0.02
 """Each chain's step is the tuned one times a factor between this and 1, log-uniform: necks need shorter steps."""
 LEAPS = (3, 9)
 """Leapfrog steps of a transition, drawn uniformly."""
@@ -32,7 +36,7 @@ DRIFT = 4.0
 ALIVE = 0.5
 """Relative effective sample size that every step of tempering keeps."""
 MAX_STAGES = 60
-MOVES = 4
+MOVES = 8
 """Transitions after a step of tempering."""
 
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -118,8 +122,9 @@ def settle(target: Target, chains: Chains) -> np.ndarray:
         for _ in range(length):
             transition(target, chains)
             acceptance = acceptance + chains.acceptance / length
-        settled = (acceptance > LOWEST) & (acceptance < HIGHEST) & _still(before, chains.noise)
-        if bool(settled.all()):
+        stuck = (chains.noise == before).all(-1).double().mean(0)
+        settled = (acceptance > LOWEST) & (acceptance < HIGHEST) & (stuck <= STUCK) & _still(before, chains.noise)
+        if bool(settled.all()) and length >= LEAST:
             break
         chains.scale = spread(chains.noise)
         factor = torch.exp(0.7 * (acceptance - TARGET).clamp(max=0))

@@ -1,0 +1,238 @@
+"""The default guide of models whose task sites hang together: one site after the other, each given those before.
+
+q(φ | D, θ) = Π_k q(φ_k | φ_1 … φ_{k-1}, D, θ). Every factor is Gaussian as in `guides.py`, with natural parameters that
+rows add up to; earlier sites enter as θ does, after pooling. Groups within a task given its scales, or a mean given its
+noise, are then Gaussian as they should be, where one Gaussian of all sites has to bend around a funnel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bayesmeta.data.batch import Batch
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.networks import MLP, RowInputs
+from bayesmeta.inference.gaussian import COLUMNWISE, Lower, NaturalTasks, Pushed
+from bayesmeta.inference.loadings import ThetaStandardiser
+from bayesmeta.inference.protocols import Context, TaskGuide
+
+RIDGE = 1e-6
+"""Added to second moments of standardised rows: less than this share of a variance is not told from nothing."""
+ROUNDING = 1e-6
+"""Of a precision in float32, relative to its trace: so much more on the diagonal keeps it positive definite."""
+MAX_BEND, MAX_SCALE = 8.0, 8.0
+"""Bounds on the logs of what bends a precision, and of what scales the rows' terms."""
+NOISE_BOUND = 5.0
+"""Noise of earlier sites is bent towards ± this, as θ is."""
+
+
+class Stage(nn.Module):
+    """q(φ_k | φ_1 … φ_{k-1}, D, θ): natural parameters of the rows in units that the earlier sites set, and a residual.
+
+    Args:
+        dim: Coordinates of the stage.
+        known: Coordinates of θ and of the earlier stages.
+        sums: Numbers that rows add up to.
+        moments: Width of a row in the second moments.
+        gates: Further rank-one terms of the precision.
+        summary: Width of a task's summary.
+        hidden: Width of the networks.
+    """
+
+    def __init__(self, *, dim: int, known: int, sums: int, moments: int, gates: int, summary: int, hidden: int) -> None:
+        super().__init__()
+        self._dim, self._widths = dim, [moments, gates]
+        self.trunk = MLP([known, hidden, hidden, hidden]) if known else None
+        first = 1 / math.sqrt(hidden)
+        self.weights = nn.Parameter(0.1 * first / math.sqrt(sums) * torch.randn(hidden + 1, dim, sums))
+        self.columns = nn.Parameter(0.1 * first * torch.randn(hidden + 1, dim, moments + gates))
+        self.scales = nn.Linear(hidden, 2 * dim)
+        self.task = nn.Linear(summary, hidden)
+        self.known = nn.Linear(hidden, hidden, bias=False)
+        self.rest = MLP([hidden, hidden, dim + dim * (dim + 1) // 2], zero=True)
+        nn.init.zeros_(self.scales.weight)
+        nn.init.zeros_(self.scales.bias)
+        self._hidden = hidden
+
+    def forward(self, known: Tensor, summary: Mapping[str, Tensor], dtype: torch.dtype) -> NaturalTasks:
+        """`known (S, T or 1, k)` float32 -> Gaussians of S × T tasks."""
+        count = summary["count"]
+        shape = (len(known), len(count))
+        hidden = known.new_zeros(*shape, self._hidden)
+        if self.trunk is not None:
+            hidden = nn.functional.silu(self.trunk(known)).expand(*shape, -1)
+        features = torch.cat([torch.ones_like(hidden[..., :1]), hidden], -1)
+        by_sum = torch.einsum("hrc,tc->thr", self.weights, summary["sums"])
+        eta = torch.einsum("sth,thr->str", features, by_sum).movedim(-1, 0)
+        loud, far = self.scales(hidden).clamp(-MAX_SCALE, MAX_SCALE).exp().movedim(-1, 0).chunk(2)
+        lower = Lower.cholesky(self._precision(features, loud, summary, dtype))
+        half = lower.solve((eta * loud * far).to(dtype))
+        mixed = nn.functional.silu(self.task(summary["task"]) + self.known(hidden))
+        rest = self.rest(mixed) * (count / (count + 1)).unsqueeze(-1)
+        shift, bend = rest.to(dtype).movedim(-1, 0).split([self._dim, rest.shape[-1] - self._dim])
+        return NaturalTasks(half, shift, lower, Lower.identity_at_zero(bend, bound=MAX_BEND))
+
+    def _precision(self, features: Tensor, loud: Tensor, summary: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """I + Σ_j of the rows' terms, `(d, d, S, T)`."""
+        flat = self.columns.flatten(1).mT @ features.flatten(0, 1).mT
+        columns = flat.unflatten(-1, features.shape[:2]).unflatten(0, (self._dim, sum(self._widths)))
+        moments, gates = columns.split(self._widths, 1)
+        moments = (moments.unsqueeze(2) * summary["root"].unsqueeze(2)).sum(1)
+        root = torch.cat([moments, gates * summary["gates"].sqrt().unsqueeze(1)], 1) * loud.unsqueeze(1)
+        precision = _outer(root).to(dtype)
+        least = 1 + ROUNDING * precision.diagonal().sum(-1)
+        return precision + torch.eye(self._dim, dtype=dtype)[..., None, None] * least
+
+
+def _outer(root: Tensor) -> Tensor:
+    """R Rᵀ of matrices `(d, k, S, T)`: `(d, d, S, T)`; small ones by sums over all matrices at once."""
+    if len(root) <= COLUMNWISE:
+        return (root.unsqueeze(1) * root).sum(2)
+    rows = root.movedim((0, 1), (-2, -1)).contiguous()
+    return (rows @ rows.mT).movedim((-2, -1), (0, 1))
+
+
+@dataclass
+class StagedTasks(Pushed):
+    """Task posteriors of S θ and T tasks, stage after stage.
+
+    Attributes:
+        guide: The guide, evaluated with `parameters` whatever the module holds by then.
+        parameters: The guide's parameters at the time of conditioning.
+        theta: Standardised `(S, d_theta)`.
+        summary: What the guide made of the tasks.
+    """
+
+    guide: StagedGuide
+    parameters: Mapping[str, Tensor]
+    theta: Tensor
+    summary: Mapping[str, Tensor]
+
+    @property
+    def example(self) -> Tensor:
+        """Of a draw's shape."""
+        shape = (len(self.theta), len(self.summary["count"]), len(self.guide.order))
+        return self.theta.new_zeros(()).to(self.guide.dtype).expand(shape)
+
+    def push(self, white: Tensor) -> Tensor:
+        """Draws of each stage given those before it."""
+        found: list[Tensor] = []
+        for stage, part in enumerate(white.split(self.guide.sizes, -1)):
+            found.append(self._stage(stage, found).push(part))
+        return torch.cat(found, -1)[..., self.guide.order.argsort()]
+
+    def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the stages."""
+        parts = noise[..., self.guide.order].split(self.guide.sizes, -1)
+        pulled = [self._stage(stage, parts[:stage]).pull(part) for stage, part in enumerate(parts)]
+        squares, log_dets = zip(*pulled, strict=True)
+        return functools.reduce(operator.add, squares), functools.reduce(operator.add, log_dets)
+
+    def _stage(self, stage: int, before: Sequence[Tensor]) -> NaturalTasks:
+        known = self.theta.unsqueeze(1)
+        if not before and not known.shape[-1]:
+            known = known[:1]  # the same for every draw
+        if before:
+            noise = NOISE_BOUND * torch.tanh(torch.cat(list(before), -1) / NOISE_BOUND)
+            known = torch.cat([known.expand(*noise.shape[:2], -1), noise.float()], -1)
+        prefix = f"stages.{stage}."
+        own = {name.removeprefix(prefix): p for name, p in self.parameters.items() if name.startswith(prefix)}
+        return functional_call(self.guide.stages[stage], own, (known, self.summary, self.guide.dtype))
+
+
+class StagedGuide(TaskGuide):
+    """The default guide where task sites hang together.
+
+    Args:
+        stages: Coordinates of the noise by stage, as `TaskDensity.stages`.
+        features: Learned features a row.
+        gates: Learned rank-one precision terms.
+        hidden: Width of the networks.
+        embed: Module `(R, *dx) -> (R, k)` for images and the like.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        stages: Sequence[Sequence[int]],
+        *,
+        features: int = 24,
+        gates: int = 6,
+        hidden: int = 64,
+        embed: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.sizes = [len(stage) for stage in stages]
+        self.register_buffer("order", torch.tensor([i for stage in stages for i in stage]), persistent=False)
+        self._features, self._gates, self._hidden, self._embed = features, gates, hidden, embed
+
+    def attach(self, density: TaskDensity, tasks: Tasks) -> None:
+        """Builds the networks for the model's dimensions and the tasks' columns."""
+        self.dtype, theta_dim = density.dtype, density.structure.shared_size
+        self.inputs = RowInputs(tasks, embed=self._embed, indices=density.index_columns)
+        labels = range(self.inputs.labels.start, self.inputs.labels.stop)
+        width = 1 + self.inputs.width + self.inputs.task_width
+        others = [i for i in range(width - 1) if i not in labels]
+        self._arrange = [0, *(1 + i for i in others), *(1 + i for i in labels)]
+        self._labels = len(labels)
+        self.typical = max(1.0, float(tasks.sizes.mean()))
+        self.row_net = MLP([width, self._hidden, self._features + self._gates])
+        self.theta = ThetaStandardiser(theta_dim)
+        pairs = self._labels * width
+        sums = self._features + width + pairs
+        summary = self._features + self._gates + self._labels * width + 1 + self.inputs.task_width
+        known = [theta_dim + sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        self.stages = nn.ModuleList(
+            Stage(dim=d, known=k, sums=sums, moments=width, gates=self._gates, summary=summary, hidden=self._hidden)
+            for d, k in zip(self.sizes, known, strict=True)
+        )
+
+    def follow(self, loc: Tensor, scale: Tensor) -> None:
+        """Standardises θ with q(θ)'s location and scale from now on."""
+        self.theta.follow(loc, scale)
+
+    def prepare(self, batch: Batch, data: dict[str, Tensor]) -> Context:
+        """Encodes the rows, sums them within tasks, and regresses the labels on everything else."""
+        rows = self.inputs(batch)
+        ones = rows.inputs.new_ones(len(rows.inputs), 1)
+        inputs = torch.cat([ones, rows.inputs, rows.task_inputs[rows.segment]], -1)
+        features, gates = self.row_net(inputs).split([self._features, self._gates], -1)
+        gates = nn.functional.softplus(gates)
+        inputs = inputs[:, self._arrange]
+        products = inputs[:, -self._labels :].unsqueeze(-1) * inputs.unsqueeze(-2)
+        sums = rows.total(torch.cat([features, inputs, products.flatten(1), gates], -1))
+        count = rows.count.unsqueeze(-1)
+        mean = sums / count.clamp(min=1)
+        exact = inputs.double()
+        second = rows.total(exact.unsqueeze(-1) * exact.unsqueeze(-2)) / count.clamp(min=1).unsqueeze(-1)
+        root = torch.linalg.cholesky(second + RIDGE * torch.eye(second.shape[-1], dtype=second.dtype))
+        learned = torch.cat([mean[:, : self._features], mean[:, -self._gates :]], -1)
+        known = [learned, _regression(root, self._labels).float(), count.log1p(), rows.task_inputs]
+        sums, gates = (sums / self.typical).split([sums.shape[1] - self._gates, self._gates], -1)
+        root = (root.float() * (count / self.typical).sqrt().unsqueeze(-1)).movedim(0, -1)
+        summary = {"sums": sums, "gates": gates.mT, "root": root, "count": rows.count, "task": torch.cat(known, -1)}
+        return Context(batch, data, summary)
+
+    def condition(self, theta: Tensor, context: Context) -> StagedTasks:
+        """q(φ | D, θ) of every task for every θ."""
+        return StagedTasks(self, dict(self.named_parameters()), self.theta(theta), context.summary)
+
+
+def _regression(root: Tensor, labels: int) -> Tensor:
+    """Coefficients of the labels on all before them, in units of its spread, and logs of what is left of them."""
+    rows = root[:, -labels:]
+    place = torch.arange(root.shape[-1] - labels, root.shape[-1])
+    left = rows.diagonal(offset=root.shape[-1] - labels, dim1=-2, dim2=-1).log()
+    known = rows.clone()
+    known[:, torch.arange(labels), place] = left
+    return known.flatten(1)
