@@ -59,7 +59,8 @@ class Amortized:
             `(density, guides, step) -> (loss, info)`.
         context: Smallest and largest context of the objective "predictive"; None: (0, 10).
         guide: A `TaskGuide`, or None for the default one.
-        encoder: How rows are pooled: "natural" (the default guide, additive), "deepset", "attention", or a module
+        encoder: How rows are pooled: "natural" (the default guide, additive; site after site where task sites hang
+            together), "deepset", "attention", or a module
             `(rows (T, N, width), mask (T, N)) -> (T, k)`.
         embed: Module `(R, *dx) -> (R, k)` that turns images and the like into row inputs.
         family: "normal", or "flow" (extra `flows`) for posteriors that a Gaussian cannot follow.

@@ -78,7 +78,7 @@ def elbo(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info
 
 def _drawn(posterior: TaskPosterior) -> tuple[Tensor | None, Tensor]:
     """The standard noise, where a posterior is a map of it, and a draw."""
-    if not isinstance(posterior, Pushed):
+    if not isinstance(posterior, Pushed) or not torch.is_grad_enabled():
         return None, posterior.sample()
     white = torch.randn_like(posterior.example).requires_grad_()
     return white, posterior.push(white)

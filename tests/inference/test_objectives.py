@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import objectives
 from bayesmeta.inference.chunks import like_sizes
 from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.guides import NaturalGuide
@@ -122,7 +124,10 @@ def test_away_from_it_the_bound_is_lower_and_the_gradient_leads_back() -> None:
 
 @pytest.mark.parametrize("model", [centre, known_mean, with_scale])
 @pytest.mark.parametrize("count", [5, 50])
-def test_value_and_gradient_are_those_of_the_formula(model: object, count: int) -> None:
+def test_value_and_gradient_are_those_of_the_formula(
+    model: object, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objectives, "FARTHEST", math.inf)
     guide = NaturalGuide()
     density, _, guides, batch, data = setting(guide, model)
     with torch.no_grad():
@@ -136,6 +141,17 @@ def test_value_and_gradient_are_those_of_the_formula(model: object, count: int) 
     for ours, right in zip(*found, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-6)
     assert len(found[0]) == 1 + len(parameters(guides))
+
+
+def test_a_draw_moves_its_posterior_by_a_bounded_number_of_sds() -> None:
+    """Of three tasks one is far away: its slope is cut to the bound, in sds of its own posterior, and no other."""
+    sd = torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)
+    white = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64).unsqueeze(-1).requires_grad_()
+    noise = white * sd.unsqueeze(-1)
+    slope = torch.tensor([[2.0, -1e4, 300.0]], dtype=torch.float64).unsqueeze(-1)
+    found = objectives._bounded(7 * slope, noise, white, 7.0) / 7
+    expected = torch.tensor([[2.0, -objectives.FARTHEST / 0.1, 300.0]], dtype=torch.float64).unsqueeze(-1)
+    torch.testing.assert_close(found, expected)
 
 
 def test_pieces_of_like_size_give_the_same_as_all_tasks_at_once() -> None:
