@@ -161,6 +161,7 @@ class StagedGuide(TaskGuide):
     """
 
     order: Tensor
+    cost = 12.0
 
     def __init__(
         self,
