@@ -464,3 +464,18 @@ def test_a_few_draws_are_some_of_enough(tmp_path: Path) -> None:
     assert few.draws("a").shape == (2, 5) and few.shared["mu"].shape == (2,)
     assert set(few.method) == {"psis"} and set(few.flag) == {""}
     assert np.abs(few.mean("a") - many.mean("a")).max() < 4 * many.sd("a").max() / 200**0.5
+
+
+@pytest.mark.parametrize("shared", ["normal", "map"])
+def test_theta_that_is_plugged_in_makes_five_tasks_too_sure(shared: str) -> None:
+    """The exact sd of a task with one row is a tenth wider than that at the best θ: an answer must show it."""
+    rows = {"a": [0.3], "b": [1.1], "c": [-0.2], "d": [0.9], "e": [2.0]}
+    tasks = make_tasks(rows)
+    fit = bm.fit(centre, tasks, method=bm.Marginal(shared=shared, draws=4000), progress=False)
+    post = fit.posterior(tasks, draws=4000)
+    mean, sd = exact(rows)
+    agrees = close(post.mean("a"), post.sd("a"), (mean[:-1], sd[:-1]), 4000)
+    assert agrees == (shared == "normal")
+    assert (fit.shared.status == "plug-in") == (shared == "map")
+    if shared == "map":
+        assert (post.sd("a") < 0.97 * sd[:-1]).all()

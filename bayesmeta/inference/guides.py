@@ -104,7 +104,7 @@ class NaturalGuide(TaskGuide):
         """Builds the networks for the model's dimensions and the tasks' columns."""
         dim, theta_dim = density.structure.task_size, density.structure.shared_size
         self._dim, self._dtype = dim, density.dtype
-        self.inputs = RowInputs(tasks, embed=self._embed)
+        self.inputs = RowInputs(tasks, embed=self._embed, indices=density.index_columns)
         width = self.inputs.width + self.inputs.task_width + 1
         self._quadratic = width <= QUADRATIC_INPUTS
         self.register_buffer("pairs", torch.triu_indices(width, width))

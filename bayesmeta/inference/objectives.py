@@ -58,13 +58,17 @@ Objective = Callable[[TaskDensity, Guides, Step], tuple[Tensor, Info]]
 def elbo(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info]:
     """The negative evidence lower bound a task, with the sticking-the-landing gradient.
 
-    Parameters of q are held fixed inside log q, so that the gradient's variance vanishes at the exact posterior.
+    Parameters of q are held fixed inside log q, so that the gradient's variance vanishes at the exact posterior. A step
+    that sees some of the tasks only has the noise of their choice in any case: there θ follows the slope of the model
+    alone, by Fisher's identity. What the guide loses on each task as θ moves would draw θ, times all tasks, to where
+    the guide is good, and shrink q(θ) to nothing.
 
     References:
         Roeder, Wu, Duvenaud: Sticking the Landing, 2017, https://arxiv.org/abs/1703.09194
     """
     theta = guides.shared.sample(step.draws)
-    posterior = guides.task.condition(theta, step.context)
+    partial = step.tasks > len(step.context.batch.names)
+    posterior = guides.task.condition(theta.detach() if partial else theta, step.context)
     white, noise = _drawn(posterior)
     log_p, log_joint, gradients = _log_joint(density, guides, step, theta, noise)
     scale = step.tasks / noise.shape[1]

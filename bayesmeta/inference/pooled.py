@@ -161,7 +161,7 @@ class PooledGuide(TaskGuide):
         encoder, embed = copy.deepcopy(self._given)
         self._dim, self._dtype = density.structure.task_size, density.dtype
         theta_dim = density.structure.shared_size
-        self.inputs = RowInputs(tasks, embed=embed)
+        self.inputs = RowInputs(tasks, embed=embed, indices=density.index_columns)
         width = self.inputs.width + self.inputs.task_width
         if isinstance(encoder, nn.Module):
             weighted = tasks.weight is not None or tasks.task_weight is not None

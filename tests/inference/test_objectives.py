@@ -83,8 +83,9 @@ def gradients(loss: Tensor, guides: Guides) -> list[Tensor]:
 def written_out(density: TaskDensity, guides: Guides, step: Step) -> Tensor:
     """The bound as its docstring says it, by plain autograd."""
     theta = guides.shared.sample(step.draws)
-    noise = guides.task.condition(theta, step.context).sample()
-    log_q = frozen(guides.task, theta, step.context).log_prob(noise)
+    seen = theta if step.tasks == len(step.context.batch.names) else theta.detach()
+    noise = guides.task.condition(seen, step.context).sample()
+    log_q = frozen(guides.task, seen, step.context).log_prob(noise)
     log_p = torch.stack(
         [density.log_task(t, z, step.context.data, guides.values) for t, z in zip(theta, noise, strict=True)]
     )
