@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
-from bayesmeta.hierarchy import whitening
+from bayesmeta.hierarchy import dependence, whitening
 from bayesmeta.hierarchy.latents import Fixed, Flat, Given, Sampled, Structure, shaped
 from bayesmeta.hierarchy.probing import attempt, first_rows, probe
 from bayesmeta.hierarchy.recording import Captured, Recorded, model_context, seeded
@@ -92,18 +92,8 @@ class TaskDensity:
     @functools.cached_property
     def values_read_rows(self) -> bool:
         """Whether values of task sites may depend on the rows of a task, or cannot be had without them."""
-        values = dict(self.learned.values)
-        noise = torch.ones(1, self.structure.task_size, dtype=self.dtype)
-        full, empty = ((self.initial_theta(), noise, self.tensors(batch), values) for batch in self._with_and_without)
-        read = self.constrain.reads(*full)[2]
-        rows = [key for key in read if key != "task_weight" and not key.startswith("task_column:")]
-        if self.structure.exact_size or any(read[key] for key in rows):
-            return True
-        try:
-            bare = self.constrain(*empty)
-        except (RuntimeError, IndexError, ValueError):
-            return True
-        return not all(torch.equal(bare[name], value) for name, value in self.constrain(*full).items())
+        full, empty = (self._tried(batch) for batch in self._with_and_without)
+        return self.structure.exact_size or dependence.reads_rows(self.constrain, full, empty)
 
     @functools.cached_property
     def stages(self) -> tuple[tuple[int, ...], ...]:
@@ -111,35 +101,21 @@ class TaskDensity:
 
         A site comes after those that its prior depends on, and after the positive ones that depend on none.
         """
-        places, stop = {}, 0
-        for site in self.structure.task:
-            places[site.name] = range(stop, stop := stop + site.size)
-        level: dict[str, int] = {}
-        for site in self.structure.task:
-            parents = [level[name] for name in level if self._moves(places[name], site.name)]
-            level[site.name] = max(parents) + 1 if parents else int(not site.positive)
-        levels = [
-            [i for name in level if level[name] == at for i in places[name]] for at in range(1 + max(level.values()))
-        ]
-        return tuple(tuple(stage) for stage in levels if stage)
-
-    def _moves(self, place: range, name: str) -> bool:
-        """Whether the noise at a place moves the value of another site."""
-        values, data = dict(self.learned.values), self.tensors(self._with_and_without[0])
-        noise = torch.full((1, self.structure.task_size), 0.3, dtype=self.dtype)
-        moved = noise.clone()
-        moved[:, place] = -0.4
-        theta = self.initial_theta()
-        first, second = (self.constrain(theta, at, data, values)[name] for at in (noise, moved))
-        return not torch.equal(first, second)
+        theta, _, data, values = self._tried(self._with_and_without[0])
+        return dependence.stages(
+            self.structure.task, lambda noise: self.constrain(theta, noise, data, values), self.dtype
+        )
 
     @functools.cached_property
     def index_columns(self) -> tuple[str, ...]:
         """Columns of whole numbers that the model takes as places in a vector; none where it runs eagerly."""
-        noise = torch.zeros(1, self.structure.task_size, dtype=self.dtype)
-        args = (self.initial_theta(), noise, self.tensors(self._with_and_without[0]), dict(self.learned.values))
-        used = self.log_task.indexes(*args)[2]
+        used = self.log_task.indexes(*self._tried(self._with_and_without[0]))[2]
         return tuple(key.split(":", 1)[1] for key in used if ":" in key and used[key])
+
+    def _tried(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Arguments of the model's functions at one task."""
+        noise = torch.ones(1, self.structure.task_size, dtype=self.dtype)
+        return self.initial_theta(), noise, self.tensors(batch), dict(self.learned.values)
 
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         """The tensors of a batch as the model's functions take them: floating ones in `dtype`."""

@@ -116,8 +116,7 @@ class RowInputs(nn.Module):
         super().__init__()
         self.embed = copy.deepcopy(embed)
         schema = tasks.schema
-        levels = {name: len(values) for name, values in schema.levels.items()}
-        levels |= {name: 1 + int(tasks.columns[name].max()) for name in indices if name not in levels and len(tasks.y)}
+        levels = _levels(tasks, indices)
         self._missing = schema.missing
         self._x_levels = [(i, name) for i, name in enumerate(schema.x) if name in schema.levels]
         self._columns = tuple(schema.columns)
@@ -185,6 +184,13 @@ class RowInputs(nn.Module):
     def _column(self, key: str, values: Tensor) -> Tensor:
         part = self.parts[_key(key)]
         return part(values) if isinstance(part, Levels) else part(_matrix(values))
+
+
+def _levels(tasks: Tasks, indices: Sequence[str]) -> dict[str, int]:
+    """How many levels columns have: those of strings, and indices from 0."""
+    found = {name: len(values) for name, values in tasks.schema.levels.items()}
+    given = {name: tasks.columns.get(name, tasks.task_columns.get(name)) for name in indices if name not in found}
+    return found | {name: 1 + int(codes.max()) for name, codes in given.items() if codes is not None and len(codes)}
 
 
 def _matrix(rows: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from bayesmeta.hierarchy.rewriting import alike, example, shape_of
 _VIEWS = {"unsqueeze", "squeeze", "reshape", "view", "_unsafe_view", "alias", "clone", "contiguous"}
 _ADDITIVE = {"add", "sub", "rsub", "neg"} | _VIEWS
 _LINEAR = _ADDITIVE | {"expand", "permute", "transpose", "t", "select", "slice", "split_with_sizes", "split", "unbind"}
-_LINEAR |= {"getitem", "sum", "cat", "stack", "flip", "cumsum", "gather", "index", "index_select"}
+_LINEAR |= {"getitem", "sum", "cat", "stack", "flip", "cumsum"}
 _LINEAR |= {"_to_copy"}
+_OF_FIRST = {"gather", "index", "index_select", "div"}
 _BILINEAR = {"mul", "matmul", "mm", "bmm", "mv", "dot", "einsum", "linear", "addmm", "baddbmm"}
 
 
@@ -51,18 +52,10 @@ def _split(graph: fx.GraphModule, target: int) -> Predictor | None:
     if shape is None or value is None or value.shape != shape.shape[:-1]:
         return None
     moving = _below(nodes, leaf)
-    affine = {leaf}
-    for node in nodes:
-        if node in moving and _is_affine(node, moving) and affine.issuperset(_parents(node, moving)):
-            affine.add(node)
-    for node in reversed(nodes):
-        if (
-            node in affine
-            and _rows(node, value.shape) > shape.shape[-1]
-            and _is_rowwise(nodes, node, moving, value.dim())
-        ):
-            return Predictor(_graph(graph, inputs, node, upto=True), _graph(graph, inputs, node, upto=False))
-    return None
+    affine = _affine(nodes, leaf, moving)
+    necks = [node for node in reversed(nodes) if node in affine and _rows(node, value.shape) > shape.shape[-1]]
+    neck = next((node for node in necks if _is_rowwise(nodes, node, moving, value.dim())), None)
+    return None if neck is None else Predictor(_before(graph, inputs, neck), _after(graph, inputs, neck))
 
 
 def _below(nodes: list[fx.Node], start: fx.Node) -> set[fx.Node]:
@@ -83,22 +76,35 @@ def _name(node: fx.Node) -> str:
     return str(getattr(getattr(target, "overloadpacket", target), "__name__", target))
 
 
+def _affine(nodes: list[fx.Node], leaf: fx.Node, moving: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that are affine functions of an input."""
+    found = {leaf}
+    for node in nodes:
+        if node in moving and _is_affine(node, moving) and found.issuperset(_parents(node, moving)):
+            found.add(node)
+    return found
+
+
 def _is_affine(node: fx.Node, moving: set[fx.Node]) -> bool:
     """Whether an operation is affine in all moving arguments together."""
     name = _name(node)
-    if name in ("gather", "index", "index_select"):
-        return node.args[0] in moving and len(_parents(node, moving)) == 1
+    if name in _OF_FIRST:
+        first = [argument is node.args[0] for argument in _arguments(node)]
+        return _occurrences(node, moving) == first and "rounding_mode" not in node.kwargs
     if name == "where":
         return node.args[0] not in moving
-    if name == "div":
-        return node.args[0] in moving and node.args[1] not in moving and "rounding_mode" not in node.kwargs
     return name in _LINEAR or (name in _BILINEAR and sum(_occurrences(node, moving)) == 1)
 
 
-def _occurrences(node: fx.Node, moving: set[fx.Node]) -> list[bool]:
-    found: list[bool] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda argument: found.append(argument in moving))
+def _arguments(node: fx.Node) -> list[fx.Node]:
+    """Its node arguments in their order, as often as they stand there."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
     return found
+
+
+def _occurrences(node: fx.Node, moving: set[fx.Node]) -> list[bool]:
+    return [argument in moving for argument in _arguments(node)]
 
 
 def _rows(node: fx.Node, batch: torch.Size) -> int:
@@ -111,17 +117,14 @@ def _rows(node: fx.Node, batch: torch.Size) -> int:
 
 def _is_rowwise(nodes: list[fx.Node], neck: fx.Node, moving: set[fx.Node], batch: int) -> bool:
     """Whether the result is a sum of functions of single numbers of `neck`, and of what does not depend on it."""
+    below = _below(nodes, neck)
     rows: set[Any] = {neck}
     sums: set[Any] = set()
-    for node in nodes:
-        parents = set(_parents(node, moving)) if node in moving and node is not neck else set()
-        if (rows | sums).isdisjoint(parents):
-            continue
+    for node in (node for node in nodes if node in below and node is not neck):
+        parents = set(_parents(node, moving))
         if parents <= rows and _is_pointwise(node) and alike(example(node), example(neck)):
             rows.add(node)
-        elif (parents <= rows and _sums_rows(node, batch)) or (
-            parents.isdisjoint(rows) and _is_additive(node, moving) and _rows(node, shape_of(neck)[:batch]) <= 1
-        ):
+        elif _sums_rows(node, batch) if parents <= rows else _adds_sums(node, rows, moving, shape_of(neck)[:batch]):
             sums.add(node)
         else:
             return False
@@ -138,9 +141,11 @@ def _sums_rows(node: fx.Node, batch: int) -> bool:
     return all((d in summed) == (d >= batch) for d in range(len(shape)) if shape[d] > 1)
 
 
-def _is_additive(node: fx.Node, moving: set[fx.Node]) -> bool:
+def _adds_sums(node: fx.Node, rows: set[Any], moving: set[fx.Node], batch: torch.Size) -> bool:
+    """Whether a node adds what there is one number of for each task, or scales it; it must not look at rows."""
     name = _name(node)
-    return name in _ADDITIVE or (name == "mul" and sum(_occurrences(node, moving)) == 1)
+    additive = name in _ADDITIVE or (name == "mul" and sum(_occurrences(node, moving)) == 1)
+    return additive and rows.isdisjoint(_parents(node, moving)) and _rows(node, batch) <= 1
 
 
 def _is_pointwise(node: fx.Node) -> bool:
@@ -151,18 +156,28 @@ def _is_pointwise(node: fx.Node) -> bool:
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads)
 
 
-def _graph(graph: fx.GraphModule, inputs: list[fx.Node], neck: fx.Node, *, upto: bool) -> fx.GraphModule:
-    """The part of a graph up to a node, or with the node as one more input."""
-    made = fx.Graph()
-    copies = {node: made.node_copy(node) for node in inputs}
-    if not upto:
-        copies[neck] = made.placeholder("predictor")
+def _before(graph: fx.GraphModule, inputs: list[fx.Node], neck: fx.Node) -> fx.GraphModule:
+    made, copies = _begun(inputs)
     for node in graph.graph.nodes:
-        if node in copies:
-            continue
-        if node.op == "output":
-            made.output(copies[neck] if upto else copies[node.args[0]])
+        if node not in copies:
+            copies[node] = made.node_copy(node, copies.__getitem__)
+        if node is neck:
             break
-        copies[node] = made.node_copy(node, copies.__getitem__)
+    made.output(copies[neck])
     made.eliminate_dead_code()
     return fx.GraphModule(graph, made)
+
+
+def _after(graph: fx.GraphModule, inputs: list[fx.Node], neck: fx.Node) -> fx.GraphModule:
+    made, copies = _begun(inputs)
+    copies[neck] = made.placeholder("predictor")
+    for node in graph.graph.nodes:
+        if node not in copies:
+            copies[node] = made.node_copy(node, copies.__getitem__)
+    made.eliminate_dead_code()
+    return fx.GraphModule(graph, made)
+
+
+def _begun(inputs: list[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    made = fx.Graph()
+    return made, {node: made.node_copy(node) for node in inputs}

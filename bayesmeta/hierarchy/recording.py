@@ -18,12 +18,12 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
-from torch._decomp import get_decompositions
 from torch.func import functionalize, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.derivatives import Prepared, curvature, record, traced, value_and_gradient
+from bayesmeta.hierarchy.random_graphs import check_noise, independent_fills
 from bayesmeta.hierarchy.rewriting import indexing
 from bayesmeta.hierarchy.simplify import simplify
 
@@ -35,29 +35,6 @@ TensorFunction = Callable[..., Any]
 
 
 _IS_TRAINABLE = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-
-
-def _independent_fills() -> dict[Any, Callable[..., Any]]:
-    """In-place random fills as out-of-place draws: functionalised fills repeat one noise in every vmapped slice."""
-    aten = torch.ops.aten
-    table: dict[Any, Callable[..., Any]] = dict(
-        get_decompositions([aten.exponential, aten.cauchy, aten.geometric, aten.log_normal])
-    )
-
-    def normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
-        return torch.randn_like(x) * std + mean
-
-    def uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
-        return torch.rand_like(x) * (high - low) + low
-
-    def fill(x: Tensor, value: float) -> Tensor:
-        return torch.full_like(x, value)  # which vmap maps as one; it copies fills slice by slice
-
-    def clamp(x: Tensor, *bounds: Any, **named: Any) -> Tensor:
-        return x.copy_(torch.clamp(x, *bounds, **named))  # vmap has no rule for clamping in place, and prints so
-
-    table[aten.clamp_.default] = clamp
-    return table | {aten.normal_functional.default: normal, aten.uniform.default: uniform, aten.fill.Scalar: fill}
 
 
 class Captured(TorchFunctionMode):
@@ -134,7 +111,7 @@ def signature(leaves: list[Any]) -> tuple[Any, ...]:
 
 
 def _trace(flat: TensorFunction, examples: list[Tensor]) -> torch.fx.GraphModule:
-    table = _independent_fills()
+    table = independent_fills()
     try:
         return traced(functionalize(flat, remove="mutations"), examples, table)
     except RuntimeError:  # functionalize refuses autograd functions, such as Dirichlet's draws
@@ -154,18 +131,6 @@ def _pin_dtypes(graph: torch.fx.GraphModule) -> None:
 
 def _count(leaves: Sequence[Tensor], dims: tuple[int | None, ...]) -> int:
     return next(leaf.shape[0] for leaf, d in zip(leaves, dims, strict=True) if d is not None)
-
-
-def _random_numbers(graph: TensorFunction) -> int:
-    """How many random numbers a graph draws."""
-    nodes = graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ()
-    random = (n for n in nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()))
-    return sum(n.meta["tensor_meta"].shape.numel() for n in random if "tensor_meta" in n.meta)
-
-
-def _check_noise(single: TensorFunction, mapped: TensorFunction, count: int) -> None:
-    if isinstance(single, torch.fx.GraphModule) and _random_numbers(mapped) != count * _random_numbers(single):
-        raise RuntimeError("the mapped graph would repeat random numbers from slice to slice")
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Any], Any]:
@@ -369,7 +334,7 @@ class Recorded:
         try:
             with seeded(0), self._context():
                 recorded = traced(batched, examples)
-            _check_noise(graph, recorded, _count(leaves, dims))
+            check_noise(graph, recorded, _count(leaves, dims))
             _pin_dtypes(recorded)
             simplify(recorded)
             self.status[key] = "recorded"

@@ -38,10 +38,7 @@ _SUBSAMPLED = (
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site; the shapes of a task site leave out the leading (T, 1).
-
-    `even`: log of |t| under an even prior. `positive`: its values are, as those of a scale.
-    """
+    """A latent site, shapes without the leading (T, 1). `even`: log of |t|, prior even; `positive`: like a scale."""
 
     name: str
     shape: tuple[int, ...]

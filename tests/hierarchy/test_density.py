@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -390,40 +390,3 @@ def test_drawing_from_gamma_and_dirichlet_priors_prints_nothing(capfd: pytest.Ca
         drawn = read.prior_noise.mapped(theta, empty, data, {}, in_dims=(0, 0, None, None))
     assert capfd.readouterr() == ("", "") and bool(torch.isfinite(drawn).all())
     assert set(read.prior_noise.status.values()) == {"recorded"}
-
-
-def test_sites_are_inferred_scales_first_and_after_those_that_they_depend_on() -> None:
-    def model(batch: Batch) -> None:
-        with batch.tasks():
-            mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-            spread = pyro.sample("spread", dist.Gamma(2.0, 1.0))
-            parts = pyro.sample("parts", dist.Normal(mean.unsqueeze(-1).expand(-1, -1, 2), 1.0).to_event(1))
-            last = pyro.sample("last", dist.LogNormal(parts[..., 0], spread))
-            noise = pyro.sample("noise", dist.HalfNormal(1.0))
-            with batch.observations():
-                pyro.sample("y", dist.Normal(last, noise), obs=batch.y)
-
-    assert TaskDensity(model, make_tasks()).stages == ((1, 5), (0,), (2, 3), (4,))
-    assert len(TaskDensity(radon, make_tasks()).stages) == 1
-
-
-@pytest.mark.parametrize(
-    "look_up",
-    [
-        lambda effects, codes: effects[codes],
-        lambda effects, codes: effects.index_select(0, codes.flatten()).reshape(codes.shape),
-        lambda effects, codes: effects.expand(codes.shape[0], -1).gather(-1, codes),
-    ],
-)
-def test_columns_that_are_places_in_a_vector_are_found(look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
-    def model(batch: Batch) -> None:
-        effects = pyro.sample("effects", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
-        with batch.tasks():
-            a = pyro.sample("a", dist.Normal(0.0, 1.0))
-            with batch.observations():
-                rate = a + look_up(effects, batch["place"]) + batch["trials"].log()
-                pyro.sample("y", dist.Normal(rate, 1.0), obs=batch.y)
-
-    columns = {"place": [[0, 2], [1]], "trials": [[3, 4], [5]]}
-    tasks = Tasks.from_arrays(None, [[0.1, 0.2], [0.3]], columns=columns)
-    assert TaskDensity(model, tasks).index_columns == ("place",)

@@ -10,7 +10,6 @@ import torch
 from scenarios import make_tasks
 from torch import Tensor
 
-import bayesmeta as bm
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
@@ -147,27 +146,6 @@ def test_values_of_rows_are_not_values_of_a_task() -> None:
 
     for sizes in ((1, 1, 1), (3, 1, 0, 4), (1,)):
         assert TaskDensity(model, make_tasks(sizes=sizes)).structure.task_values == ("phi", "twice")
-
-
-@pytest.mark.parametrize("reading", ["nothing", "task column", "x", "size", "loop", "padding"])
-def test_what_reads_rows_is_known_whatever_the_rows_are(reading: str) -> None:
-    def model(batch: Batch) -> None:
-        seen = {
-            "nothing": lambda: 0.0,
-            "task column": lambda: batch["u"],
-            "x": lambda: batch.x[:, :1],
-            "size": lambda: batch.n.unsqueeze(-1).double(),
-            "loop": lambda: sum(batch.mask[:, j : j + 1] * 1.0 for j in range(1, batch.x.shape[1])),
-            "padding": lambda: 1.0 * (batch.x.shape[1] > 1),
-        }[reading]()
-        with batch.tasks():
-            phi = pyro.sample("phi", dist.Normal(seen, 1.0))
-            with batch.observations():
-                pyro.sample("y", dist.Normal(phi + batch.x, 1.0), obs=batch.y)
-
-    y = [[0.1], [0.3, 0.2]]
-    tasks = bm.Tasks.from_arrays([np.ones(1), np.ones(2)], y, task_columns={"u": [1.0, 2.0]})
-    assert TaskDensity(model, tasks).values_read_rows == (reading not in ("nothing", "task column"))
 
 
 def test_single_and_empty_tasks_can_be_read() -> None:

@@ -168,14 +168,6 @@ def test_without_a_compiler_the_graph_runs_as_it_is(
     assert [r.message for r in caplog.records] == ["a graph runs uncompiled, the compiler failed: no C++ compiler"]
 
 
-def test_random_graphs_draw_anew_in_every_call_and_slice() -> None:
-    recorded = Recorded(lambda x: x + torch.randn(3), random=True)
-    x = torch.zeros(4, 3)
-    drawn = torch.cat([recorded.mapped(x, in_dims=(0,)), recorded.mapped(x, in_dims=(0,)), recorded(x[0])[None]])
-    assert len(drawn.unique()) == drawn.numel()
-    assert set(recorded.status.values()) == {"recorded"}
-
-
 def test_recording_leaves_the_random_state_as_it_is() -> None:
     torch.manual_seed(3)
     expected = torch.randn(2)
