@@ -107,10 +107,10 @@ class TaskDensity:
         )
 
     @functools.cached_property
-    def index_columns(self) -> tuple[str, ...]:
-        """Columns of whole numbers that the model takes as places in a vector; none where it runs eagerly."""
-        used = self.log_task.indexes(*self._tried(self._with_and_without[0]))[2]
-        return tuple(key.split(":", 1)[1] for key in used if ":" in key and used[key])
+    def index_columns(self) -> dict[str, int]:
+        """Columns that the model takes as places in a vector, "column:name" or "task_column:name", and its length."""
+        used = self.log_task.choices(*self._tried(self._with_and_without[0]))[2]
+        return {key: count for key, count in used.items() if count}
 
     def _tried(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Arguments of the model's functions at one task."""

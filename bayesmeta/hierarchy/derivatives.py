@@ -100,7 +100,9 @@ def _by_predictor(parts: Predictor, target: int, *leaves: Tensor) -> tuple[Tenso
     gradient, prior, slope = torch.autograd.grad(
         value.sum(), [at, own, rows], create_graph=True, materialize_grads=True
     )
-    (bend,) = torch.autograd.grad(slope.sum(), rows, create_graph=True, materialize_grads=True)
+    bend = torch.zeros_like(rows)
+    if slope.requires_grad:
+        (bend,) = torch.autograd.grad(slope.sum(), rows, create_graph=True, materialize_grads=True)
     jacobian = _jacobian(rows, at).flatten(at.dim() - 1, -2)
     bent = bend.flatten(at.dim() - 1).unsqueeze(-1) * jacobian
     return value, gradient, _columns(prior, own) + bent.mT @ jacobian

@@ -90,7 +90,7 @@ class Levels(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Encodes."""
-        codes = codes.long()
+        codes = codes.long() % self.levels  # -1 is the last place, as in the model
         if self.embedding is not None:
             return self.embedding(codes)
         return nn.functional.one_hot(codes, self.levels).float()
@@ -105,18 +105,20 @@ class RowInputs(nn.Module):
     Args:
         tasks: Training tasks; their means and sds are kept.
         embed: Module `(R, *dx) -> (R, k)` in place of flattening x (images).
-        indices: Columns of whole numbers, from 0, that the model takes as places in a vector.
+        indices: Columns that the model takes as places in a vector ("column:name", "task_column:name"), its length.
 
     Attributes:
         width: Number of inputs a row; `task_width`: number of inputs a task.
         labels: Which inputs of a row are its labels.
     """
 
-    def __init__(self, tasks: Tasks, *, embed: nn.Module | None = None, indices: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tasks: Tasks, *, embed: nn.Module | None = None, indices: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.embed = copy.deepcopy(embed)
         schema = tasks.schema
-        levels = _levels(tasks, indices)
+        levels = _levels(tasks, indices or {})
         self._missing = schema.missing
         self._x_levels = [(i, name) for i, name in enumerate(schema.x) if name in schema.levels]
         self._columns = tuple(schema.columns)
@@ -127,10 +129,13 @@ class RowInputs(nn.Module):
         if self._missing:
             widths.append(widths[1])
         widths += [self._add_levels(f"x.{name}", len(schema.levels[name])) for _, name in self._x_levels]
-        widths += [self._add_column(f"c.{name}", tasks.columns[name], levels.get(name)) for name in self._columns]
+        widths += [
+            self._add_column(f"c.{name}", tasks.columns[name], levels.get(f"column:{name}")) for name in self._columns
+        ]
         self.width = sum(widths)
         self.task_width = sum(
-            self._add_column(f"t.{name}", tasks.task_columns[name], levels.get(name)) for name in self._task_columns
+            self._add_column(f"t.{name}", tasks.task_columns[name], levels.get(f"task_column:{name}"))
+            for name in self._task_columns
         )
 
     def _plain_x(self, x: Tensor) -> Tensor:
@@ -186,11 +191,17 @@ class RowInputs(nn.Module):
         return part(values) if isinstance(part, Levels) else part(_matrix(values))
 
 
-def _levels(tasks: Tasks, indices: Sequence[str]) -> dict[str, int]:
-    """How many levels columns have: those of strings, and indices from 0."""
-    found = {name: len(values) for name, values in tasks.schema.levels.items()}
-    given = {name: tasks.columns.get(name, tasks.task_columns.get(name)) for name in indices if name not in found}
-    return found | {name: 1 + int(codes.max()) for name, codes in given.items() if codes is not None and len(codes)}
+def _levels(tasks: Tasks, indices: Mapping[str, int]) -> dict[str, int]:
+    """How many levels columns have, by "column:name" or "task_column:name": those of strings, and single indices."""
+    found: dict[str, int] = {}
+    for kind, columns in (("column", tasks.columns), ("task_column", tasks.task_columns)):
+        for name, values in columns.items():
+            key = f"{kind}:{name}"
+            if name in tasks.schema.levels:
+                found[key] = len(tasks.schema.levels[name])
+            elif key in indices and values.dim() == 1:
+                found[key] = indices[key]
+    return found
 
 
 def _matrix(rows: Tensor) -> Tensor:

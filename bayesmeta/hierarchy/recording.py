@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.derivatives import Prepared, curvature, record, traced, value_and_gradient
 from bayesmeta.hierarchy.random_graphs import check_noise, independent_fills
-from bayesmeta.hierarchy.rewriting import indexing
+from bayesmeta.hierarchy.rewriting import looked_up
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -214,11 +214,11 @@ class Recorded:
         """Which leaves of `args` the function looks at, a pytree of bools; all of them where it runs eagerly."""
         return self._of_inputs(args, lambda node: bool(node.users), eagerly=True)
 
-    def indexes(self, *args: Any) -> Any:
-        """Which leaves of `args` are whole numbers that choose among others; none of them where it runs eagerly."""
-        return self._of_inputs(args, indexing, eagerly=False)
+    def choices(self, *args: Any) -> Any:
+        """Among how many things each leaf of `args` chooses, a pytree; 0 for what is no index, or in no graph."""
+        return self._of_inputs(args, looked_up, eagerly=0)
 
-    def _of_inputs(self, args: Sequence[Any], judge: Callable[[torch.fx.Node], bool], *, eagerly: bool) -> Any:
+    def _of_inputs(self, args: Sequence[Any], judge: Callable[[torch.fx.Node], int], *, eagerly: int) -> Any:
         graph = self.graph(*args)
         _, spec = pytree.tree_flatten(args)
         found = [eagerly] * spec.num_leaves

@@ -12,6 +12,8 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 _EXPANSIONS = (aten.expand.default, Tensor.expand)
+_VIEWS: set[Any] = {*_EXPANSIONS, aten.view.default, aten.unsqueeze.default, aten.squeeze.dims, aten.squeeze.dim}
+_VIEWS |= {torch.reshape, torch.unsqueeze, torch.squeeze, aten.clone.default, aten._unsafe_view.default}
 _LOOKUPS: set[Any] = {aten.gather.default, aten.index.Tensor, aten.index_select.default, aten.embedding.default}
 _LOOKUPS |= {torch.gather, torch.index_select}
 
@@ -51,15 +53,26 @@ def constant_of(graph: fx.GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def indexing(node: fx.Node) -> bool:
-    """Whether a tensor of whole numbers, or a view of it, says where other tensors are looked up."""
+def looked_up(node: fx.Node) -> int:
+    """Among how many things a tensor of whole numbers, or a view of it, chooses; 0 where it does not choose.
+
+    What is looked up in a table of constants is a function of a number: that does not count.
+    """
     value = example(node)
     if value is None or value.dtype not in (torch.int64, torch.int32):
-        return False
-    return any(
-        (user.target in _LOOKUPS and user.args[0] is not node) or (user.target not in _LOOKUPS and indexing(user))
-        for user in node.users
-    )
+        return 0
+    found = [_choices(user, node) if user.target in _LOOKUPS else 0 for user in node.users]
+    return max([0, *found, *(looked_up(user) for user in node.users if user.target in _VIEWS)])
+
+
+def _choices(node: fx.Node, index: fx.Node) -> int:
+    arguments: Any = node.args
+    source = arguments[0]
+    if source is index or not isinstance(source, fx.Node) or source.op == "get_attr":
+        return 0
+    if node.target is aten.index.Tensor:
+        return shape_of(source)[arguments[1].index(index)]
+    return shape_of(source)[0 if node.target is aten.embedding.default else arguments[1]]
 
 
 def rewrite(graph: fx.GraphModule, step: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> None:

@@ -59,10 +59,13 @@ def _target(density: TaskDensity, guides: Guides, theta: Tensor, data: dict[str,
     return at
 
 
-def move_new(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, log_weight: Tensor) -> Parts:
+def move_new(
+    density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, log_weight: Tensor, *, joint: bool = False
+) -> Parts:
     """Particles (θ, φ) of every new task, θ from its draws `(S, d_theta)` with log weights `(S, T)` to begin with.
 
-    Without shared parameters known tasks are no different.
+    Without shared parameters known tasks are no different (`joint`: their draws hang together, which is nothing then).
+    The relative ESS is the share of the particles of the prior that have descendants: duplicates have moved since.
     """
     parts: Parts = []
     paired = theta.shape[1] > 0
@@ -77,9 +80,13 @@ def move_new(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, 
         settled = settle(population.target(pairs, torch.ones_like(evidence)), chains)
         for place, task in enumerate(chunk.index):
             one = theta[pairs[:, place]]
-            left = len(pairs[:, place].unique()) / len(theta) if paired else 1.0
-            flag = "" if settled[place] and bool(evidence[place].isfinite()) and left >= LEAST_THETA else UNSETTLED
-            drawn = equal_draws(one, chains.noise[:, place : place + 1], "nuts", math.nan, flag, joint=not paired)
+            left = len(pairs[:, place].unique()) / len(theta)
+            flag = (
+                ""
+                if settled[place] and bool(evidence[place].isfinite()) and (left >= LEAST_THETA or not paired)
+                else UNSETTLED
+            )
+            drawn = equal_draws(one, chains.noise[:, place : place + 1], "nuts", math.nan, flag, joint)
             drawn.ess = np.array([left])
             parts.append((np.array([task]), drawn))
     return parts

@@ -177,7 +177,9 @@ class _Climber:
             for index, drawn in parts:
                 drawn.flag = [SEVERAL if several[i] else f for i, f in zip(index, drawn.flag, strict=True)]
         else:
-            parts = move_new(self.density, self.guides, self.theta, tasks, self._log_weight(positions))
+            parts = move_new(
+                self.density, self.guides, self.theta, tasks, self._log_weight(positions), joint=self.known
+            )
         self.found.put(parts, positions)
 
     def _attached(self, guide: TaskGuide) -> TaskGuide:

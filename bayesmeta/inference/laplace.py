@@ -262,17 +262,21 @@ def modes_at(density: TaskDensity, data: dict[str, Tensor], theta: Tensor, begin
 
 
 def _starts(theta: Tensor, tasks: int, dim: int, starts: int) -> Tensor:
-    """The prior's centre and draws of it for each θ and task, `(starts + 1, A, T, d)`."""
-    drawn = torch.randn(starts, len(theta), tasks, dim, dtype=theta.dtype)
-    return torch.cat([drawn.new_zeros(1, *drawn.shape[1:]), drawn])
+    """The prior's centre and draws of it for each θ and task, `(starts + 1, A, T, d)`.
+
+    Every second draw is the one before with other signs: of two modes that mirror each other both are found.
+    """
+    drawn = torch.randn(-(-starts // 2), len(theta), tasks, dim, dtype=theta.dtype)
+    mirrored = torch.stack([drawn, -drawn], 1).flatten(0, 1)[:starts]
+    return torch.cat([drawn.new_zeros(1, *drawn.shape[1:]), mirrored])
 
 
 def mode_counts(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarray:
     """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as the starts find them: `(T,)`."""
     found = np.zeros(len(tasks), dtype=int)
-    draws = (STARTS + 1) * USUAL_STEPS
+    draws = (2 * STARTS + 1) * USUAL_STEPS
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True, draws=draws):
-        begin = _starts(theta.unsqueeze(0), len(chunk.batch.names), density.structure.task_size, STARTS)
+        begin = _starts(theta.unsqueeze(0), len(chunk.batch.names), density.structure.task_size, 2 * STARTS)
         _, there = modes_at(density, density.tensors(chunk.batch), theta.unsqueeze(0), begin)
         found[chunk.index] = there[:, 0].sum(0)[: len(chunk.index)].numpy()
     return found

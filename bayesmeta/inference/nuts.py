@@ -46,6 +46,9 @@ CLIMB = 40
 STATS = {"diverging": "diverging", "depth": "tree_depth", "n_steps": "n_steps", "step_size": "step_size", "logp": "lp"}
 """Names of nutpie's diagnostics that are kept, and ArviZ' names for them."""
 
+FURTHEST = 100.0
+"""Where a climb leads further away, in prior units, the density has no mode nearby."""
+
 LogDensity = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """Position `(d,)` -> log density and its gradient `(d,)`."""
 
@@ -83,7 +86,7 @@ class NUTS:
         with threads_for(rows(tasks)):
             joint = Joint(precise, tasks)
             lengths = {"chains": self.chains, "warmup": self.warmup, "draws": self.draws}
-            drawn = sample(lambda: joint, joint.start, progress=progress, view=joint.view, **lengths)
+            drawn = sample(lambda: joint, joint.start, dim=joint.size, progress=progress, view=joint.view, **lengths)
         size, dim = density.structure.shared_size, density.structure.task_size
         flat = torch.as_tensor(drawn.draws).flatten(0, 1)
         noise = flat[:, size:].reshape(len(flat), len(tasks), dim)
@@ -99,6 +102,7 @@ class Joint:
     def __init__(self, density: TaskDensity, tasks: Tasks) -> None:
         self._collected = collected = Collected(density, tasks)
         self._size, self._dim = density.structure.shared_size, density.structure.task_size
+        self.size = self._size + collected.count * self._dim
         self._origin, self._scale = density.prior_scale()
         self._functions = collected.compiled(self._value_and_gradient, self._example)
 
@@ -118,8 +122,9 @@ class Joint:
         return total.detach(), gradient
 
     def start(self) -> np.ndarray:
-        """A position some steps uphill from one near the prior's centre."""
-        return climbed(self, JITTER * torch.randn(self._size + self._collected.count * self._dim, dtype=torch.float64))
+        """A position near one that is some steps uphill from near the prior's centre."""
+        near, uphill = (JITTER * torch.randn(self.size, dtype=torch.float64) for _ in range(2))
+        return climbed(self, near) + uphill.numpy()
 
     def view(self, positions: np.ndarray) -> np.ndarray:
         """Positions `(chain, draw, d)` as θ and the noise of the tasks in their own order."""
@@ -146,7 +151,7 @@ class Joint:
 
 
 def climbed(function: LogDensity, start: Tensor) -> np.ndarray:
-    """A position `(d,)` after a few steps of L-BFGS from `start`; the start itself where the density fails."""
+    """A position `(d,)` after a few steps of L-BFGS from `start`; the start itself where that fails or runs away."""
     at = start.clone().requires_grad_()
     search = torch.optim.LBFGS([at], max_iter=CLIMB, line_search_fn="strong_wolfe")
 
@@ -157,9 +162,10 @@ def climbed(function: LogDensity, start: Tensor) -> np.ndarray:
 
     try:
         search.step(closure)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return start.numpy()
-    return at.detach().numpy() if math.isfinite(-closure()) else start.numpy()
+        reached = math.isfinite(closure()) and float((at.detach() - start).abs().max()) < FURTHEST
+    except (RuntimeError, ValueError, ArithmeticError):  # a chain meets it again, and says so
+        reached = False
+    return (at.detach() if reached else start).numpy()
 
 
 def check_lengths(name: str, chains: int, warmup: int, draws: int) -> None:
@@ -228,6 +234,7 @@ def sample(
     warmup: int,
     draws: int,
     progress: bool,
+    dim: int | None = None,
     view: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> Drawn:
     """Samples a density with nutpie, chains one after another.
@@ -239,12 +246,13 @@ def sample(
         warmup: Transitions of adaptation, a chain.
         draws: Draws kept, a chain.
         progress: Whether to show nutpie's bar.
+        dim: The length of a position; by default that of a start.
         view: Positions `(chain, draw, d)` as the draws that are wanted.
 
     Raises:
         ValueError: nutpie is not installed, or every start has density zero.
     """
-    nutpie, dim = _nutpie(), len(start())
+    nutpie, dim = _nutpie(), len(start()) if dim is None else dim
     failures: list[Exception] = []
 
     def initial(chain_seed: int) -> np.ndarray:

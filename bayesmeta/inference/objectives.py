@@ -91,8 +91,9 @@ def _drawn(posterior: TaskPosterior) -> tuple[Tensor | None, Tensor]:
 def _bounded(gradient: Tensor, noise: Tensor, white: Tensor, scale: float) -> Tensor:
     """The gradient for each draw of a task, at most `FARTHEST` sds of its posterior a coordinate.
 
-    It is the difference of two slopes, nothing at the exact posterior: the bound holds far from there only, where a few
-    tasks whose data are many sds away would outweigh all others.
+    It is the difference of two slopes, nothing at the exact posterior. Far from there a few tasks whose data are many
+    sds away would outweigh all others. Where no q of the family is exact, draws in the tails count for less than in the
+    bound, and q may come out a little wider than the bound's own optimum.
     """
     (steep,) = torch.autograd.grad(noise, white, gradient, retain_graph=True)
     length = steep.norm(dim=-1, keepdim=True) / scale

@@ -26,7 +26,7 @@ from bayesmeta.inference.loadings import ThetaStandardiser
 from bayesmeta.inference.protocols import Context, TaskGuide
 
 RIDGE = 1e-6
-"""Added to second moments of standardised rows: less than this share of a variance is not told from nothing."""
+"""Added to second moments of standardised rows, and so much of them: a smaller share is not told from nothing."""
 ROUNDING = 1e-6
 """Of a precision in float32, relative to its trace: so much more on the diagonal keeps it positive definite."""
 MAX_BEND, MAX_SCALE = 8.0, 8.0
@@ -216,7 +216,7 @@ class StagedGuide(TaskGuide):
         mean = sums / count.clamp(min=1)
         exact = inputs.double()
         second = rows.total(exact.unsqueeze(-1) * exact.unsqueeze(-2)) / count.clamp(min=1).unsqueeze(-1)
-        root = torch.linalg.cholesky(second + RIDGE * torch.eye(second.shape[-1], dtype=second.dtype))
+        root = torch.linalg.cholesky(second + RIDGE * torch.diag_embed(1 + second.diagonal(dim1=-2, dim2=-1)))
         learned = torch.cat([mean[:, : self._features], mean[:, -self._gates :]], -1)
         known = [learned, _regression(root, self._labels).float(), count.log1p(), rows.task_inputs]
         sums, gates = (sums / self.typical).split([sums.shape[1] - self._gates, self._gates], -1)

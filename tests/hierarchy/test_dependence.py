@@ -8,6 +8,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import torch
 from scenarios import make_tasks, radon
 from torch import Tensor
 
@@ -72,4 +73,17 @@ def test_columns_that_are_places_in_a_vector_are_found(look_up: Callable[[Tensor
 
     columns = {"place": [[0, 2], [1]], "trials": [[3, 4], [5]]}
     tasks = Tasks.from_arrays(None, [[0.1, 0.2], [0.3]], columns=columns)
-    assert TaskDensity(model, tasks).index_columns == ("place",)
+    assert TaskDensity(model, tasks).index_columns == {"column:place": 3}
+
+
+def test_what_is_looked_up_in_a_table_of_constants_is_a_number() -> None:
+    table = torch.linspace(0.0, 1.0, 50)
+
+    def model(batch: Batch) -> None:
+        with batch.tasks():
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(a + table[batch["age"]], 1.0), obs=batch.y)
+
+    tasks = Tasks.from_arrays(None, [[0.1, 0.2], [0.3]], columns={"age": [[10, 20], [30]]})
+    assert TaskDensity(model, tasks).index_columns == {}

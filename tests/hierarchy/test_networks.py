@@ -130,6 +130,6 @@ def test_an_embedding_takes_the_place_of_x(embed: nn.Module) -> None:
 def test_columns_that_are_places_in_a_vector_are_levels() -> None:
     columns = {"place": [[0, 2], [1]], "trials": [[3, 4], [5]]}
     tasks = Tasks.from_arrays(None, [[0.1, 0.2], [0.3]], columns=columns)
-    rows = RowInputs(tasks, indices=("place",))(tasks.batch(range(2)))
+    rows = RowInputs(tasks, indices={"column:place": 3})(tasks.batch(range(2)))
     assert RowInputs(tasks).width == 3 and rows.inputs.shape == (3, 5)
     assert torch.equal(rows.inputs[:, 1:4], torch.eye(3)[[0, 2, 1]])

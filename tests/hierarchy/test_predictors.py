@@ -29,6 +29,10 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "student": lambda f, batch: dist.StudentT(4.0, f, 0.7),
     "binomial": lambda f, batch: dist.Binomial(batch["trials"], logits=f),
 }
+FACTORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quantile": lambda u: -torch.maximum(0.9 * u, -0.1 * u),
+    "linear": lambda u: 0.3 * u,
+}
 PREDICTORS: dict[str, Callable[[Tensor, bm.Batch], Tensor]] = {
     "line": lambda phi, batch: phi[..., 0] + phi[..., 1] * batch.x,
     "product": lambda phi, batch: (phi * torch.stack([batch.x, 1 - batch.x], -1)).sum(-1),
@@ -90,6 +94,21 @@ def test_curvature_and_its_gradient_for_theta_are_those_of_autograd(
     monkeypatch.setattr(derivatives, "predictor_of", lambda *_: None)
     for one, other in zip(found, with_gradient(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_terms_without_curvature_have_none(factor: str) -> None:
+    def model(batch: bm.Batch) -> None:
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0).expand([DIM]).to_event(1))
+            with batch.observations():
+                pyro.factor("y", FACTORS[factor](batch.y - PREDICTORS["line"](phi, batch)))
+
+    density, tasks = TaskDensity(model, make_tasks()), make_tasks()
+    noise = torch.randn(4, TASKS, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = density.tensors(tasks.batch(range(TASKS)))
+    hessian = density.log_task.curvature(noise.new_zeros(4, 0), noise, data, {}, in_dims=(0, 0, None, None))[2]
+    torch.testing.assert_close(hessian, -torch.eye(DIM, dtype=torch.float64).expand_as(hessian))
 
 
 @pytest.mark.parametrize(

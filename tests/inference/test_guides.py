@@ -11,6 +11,7 @@ from conjugate import ROWS, SIGMA, TAU, centre, conditional, known_mean, make_ta
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
+import bayesmeta as bm
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
@@ -186,3 +187,37 @@ def test_float32_runs_in_float32() -> None:
     q = MultivariateNormal(posterior.loc, precision_matrix=posterior.factor @ posterior.factor.mT)
     prior = MultivariateNormal(torch.zeros(1), torch.eye(1))
     assert torch.isfinite(kl_divergence(q, prior)).all()
+
+
+@pytest.mark.parametrize("encoder", ["natural", "deepset", "attention"])
+@pytest.mark.parametrize("kind", ["column", "task column", "several a row"])
+def test_places_in_a_vector_are_read_whatever_they_are(kind: str, encoder: str, tmp_path: Any) -> None:
+    """Places that no training task has, counted from the end, of a task, several a row; stored without data."""
+
+    def model(batch: Batch) -> None:
+        effects = pyro.sample("effects", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+        with batch.tasks():
+            chosen = effects[batch["place"]]
+            a = pyro.sample("a", dist.Normal(chosen if kind == "task column" else 0.0, 1.0))
+            with batch.observations():
+                rows = {"column": chosen, "several a row": chosen.sum(-1), "task column": 0.0}[kind]
+                pyro.sample("y", dist.Normal(a + rows, 1.0), obs=batch.y)
+
+    def tasks(places: list[int], name: str) -> Tasks:
+        given = {
+            "column": {"columns": {"place": [np.array([p, p]) for p in places]}},
+            "task column": {"task_columns": {"place": places}},
+            "several a row": {"columns": {"place": [np.array([[p, 0], [p, 1]]) for p in places]}},
+        }[kind]
+        names = [f"{name}{i}" for i in range(len(places))]
+        return Tasks.from_arrays(None, [np.array([0.1 * p, 0.3]) for p in places], names=names, **given)
+
+    method = bm.Amortized(encoder=encoder, optimizer=bm.Optimizer(steps=3))
+    fit = bm.fit(model, tasks([0, 1, 2, -2, 1], "old"), method=method, progress=False)
+    fit.save(tmp_path / "fit", data=False)
+    new = tasks([4, -1, 2], "new")
+    draws = fit.posterior(new, draws=50, refine="none").draws("a")
+    assert np.isfinite(draws).all()
+    np.testing.assert_array_equal(
+        bm.load(tmp_path / "fit", model).posterior(new, draws=50, refine="none").draws("a"), draws
+    )

@@ -150,6 +150,25 @@ def test_every_parameter_is_trained(dtype: torch.dtype) -> None:
     assert all(bool(p.grad.isfinite().all()) for p in guide.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e9])
+def test_rows_far_from_all_others_are_no_reason_to_fail(far: float) -> None:
+    def lines(batch: bm.Batch) -> None:
+        with batch.tasks():
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            s = pyro.sample("s", dist.HalfNormal(1.0))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(a + 0.0 * batch.x.sum(-1), s), obs=batch.y)
+
+    rng = np.random.default_rng(0)
+    tasks = bm.Tasks.from_arrays(list(rng.normal(size=(4, 6, 2))), list(rng.normal(size=(4, 6))))
+    guide, density = shaken(lines, tasks)
+    x = far * np.ones((6, 2)) + rng.normal(size=(6, 2))
+    there = bm.Tasks.from_arrays([x, rng.normal(size=(6, 2))], list(rng.normal(size=(2, 6))))
+    batch = there.batch(range(2))
+    summary = guide.prepare(batch, density.tensors(batch)).summary
+    assert all(bool(part.isfinite().all()) for part in summary.values())
+
+
 def test_an_unknown_noise_is_inferred_where_one_gaussian_fails() -> None:
     """Means and noises of known tasks: most are accepted as the guide gives them."""
     rng = np.random.default_rng(0)
