@@ -13,7 +13,8 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
@@ -21,7 +22,7 @@ from bayesmeta.fitting import Fit, fit
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.amortized import Amortized
 from bayesmeta.inference.objectives import Guides
-from bayesmeta.inference.protocols import Context, TaskGuide
+from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 from bayesmeta.inference.shared import NormalShared
 from bayesmeta.inference.training import Optimizer
 
@@ -160,3 +161,9 @@ def close(mean: Any, sd: Any, answer: tuple[Any, Any], effective: float) -> bool
     z_mean = np.abs(np.asarray(mean) - answer[0]) / answer[1] * np.sqrt(effective)
     z_sd = np.abs(np.asarray(sd) / answer[1] - 1) * np.sqrt(2 * effective)
     return bool((z_mean < 4).all() and (z_sd < 4).all())
+
+
+def frozen(guide: nn.Module, theta: Tensor, context: Context) -> TaskPosterior:
+    """q(φ | D, θ) with the guide's parameters and the encoded data held fixed; the gradient with respect to θ stays."""
+    parameters = {name: p.detach() for name, p in guide.named_parameters()}
+    return functional_call(guide, parameters, (theta, context.detached()))

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.gaussian import Pushed
@@ -185,12 +184,6 @@ def _log_q(
         total = tasks + guides.shared.log_prob(theta).sum()
     inputs = [at, theta] if theta.requires_grad else [at]
     return total.detach(), torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True)
-
-
-def frozen(guide: nn.Module, theta: Tensor, context: Context) -> TaskPosterior:
-    """q(φ | D, θ) with the guide's parameters and the encoded data held fixed; the gradient with respect to θ stays."""
-    parameters = {name: p.detach() for name, p in guide.named_parameters()}
-    return functional_call(guide, parameters, (theta, context.detached()))
 
 
 OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iw": importance_weighted}

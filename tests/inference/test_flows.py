@@ -12,13 +12,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conjugate import frozen
 from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.flows import FlowGuide
 from bayesmeta.inference.guides import NaturalGuide
-from bayesmeta.inference.objectives import Guides, Step, elbo, frozen
+from bayesmeta.inference.objectives import Guides, Step, elbo
 from bayesmeta.inference.pooled import PooledGuide
 from bayesmeta.inference.protocols import TaskGuide
 from bayesmeta.inference.shared import NormalShared

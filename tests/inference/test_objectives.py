@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conjugate import ROWS, SIGMA, TAU, WIDE, centre, exact, known_mean, make_tasks
+from conjugate import ROWS, SIGMA, TAU, WIDE, centre, exact, frozen, known_mean, make_tasks
 from torch import Tensor, nn
 
 from bayesmeta.data.batch import Batch
@@ -18,7 +18,7 @@ from bayesmeta.inference import objectives
 from bayesmeta.inference.chunks import like_sizes
 from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.guides import NaturalGuide
-from bayesmeta.inference.objectives import Guides, Step, elbo, frozen, importance_weighted
+from bayesmeta.inference.objectives import Guides, Step, elbo, importance_weighted
 from bayesmeta.inference.protocols import Context, TaskGuide
 from bayesmeta.inference.shared import NormalShared, PointShared
 
