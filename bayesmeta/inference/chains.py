@@ -26,8 +26,9 @@ TOGETHER = 16
 LARGEST = 2**26
 """Numbers that the copies of the data, one for each pair, may hold."""
 BY_PAIR = (0, 0, 0, None)
-LEAST_THETA = 0.1
-"""Share of the draws of θ that must be left after tempering."""
+LEAST_LEFT = 0.1
+"""Share of the prior's particles, and with them of the draws of θ, that must have descendants after tempering: of few
+chance weighs the modes."""
 UNSETTLED = "Markov chains have not settled"
 SEVERAL = "several modes: chains cannot tell their weights"
 
@@ -65,10 +66,9 @@ def move_new(
     """Particles (θ, φ) of every new task, θ from its draws `(S, d_theta)` with log weights `(S, T)` to begin with.
 
     Without shared parameters known tasks are no different (`joint`: their draws hang together, which is nothing then).
-    The relative ESS is the share of the particles of the prior that have descendants: duplicates have moved since.
+    The relative ESS is the share of the particles of the prior that have descendants.
     """
     parts: Parts = []
-    paired = theta.shape[1] > 0
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
     together = max(1, min(TOGETHER, LARGEST // (len(theta) * _elements(tasks))))
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=together, rounded=True):
@@ -81,11 +81,7 @@ def move_new(
         for place, task in enumerate(chunk.index):
             one = theta[pairs[:, place]]
             left = len(pairs[:, place].unique()) / len(theta)
-            flag = (
-                ""
-                if settled[place] and bool(evidence[place].isfinite()) and (left >= LEAST_THETA or not paired)
-                else UNSETTLED
-            )
+            flag = "" if settled[place] and bool(evidence[place].isfinite()) and left >= LEAST_LEFT else UNSETTLED
             drawn = equal_draws(one, chains.noise[:, place : place + 1], "nuts", math.nan, flag, joint)
             drawn.ess = np.array([left])
             parts.append((np.array([task]), drawn))

@@ -7,7 +7,9 @@ cancel as the prior's scale goes to 0. The marginal path and the ladder call thi
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,8 @@ from bayesmeta.inference.protocols import Context, TaskGuide
 
 RADII = (0.5, 1.0, 2.0, 4.0, 7.0, 10.0, 15.0, 20.0)
 """Distances from the prior's centre, in prior sds, at which a log joint must equal its quadratic; both directions."""
+SCATTERED = 16
+"""How often further points are drawn, twice as wide as the prior."""
 THETAS = 3
 TOLERANCE = 1e-9
 BY_DRAW = (0, 0, None, None)
@@ -78,11 +82,12 @@ def log_evidence(value: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     return value + 0.5 * half.square().sum(0) - lower.log_det() + constant
 
 
-def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarray:
+def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor, *, suspected: Tensor | None = None) -> np.ndarray:
     """Which tasks are Gaussian at draws of θ `(S, d_theta)`, `(T,)`.
 
     The log joint and its gradient must equal the quadratic at the prior's centre to 1e-9 × (1 + the sum of the sizes
-    of their terms) at 16 points up to 20 prior sds away and at 3 θ. Densities in float32 are too coarse for the test:
+    of their terms) at 16 points up to 20 prior sds away, at draws twice as wide as the prior and at those `suspected`
+    `(K, T, d)` where another method has found weight, and at 3 θ. Densities in float32 are too coarse for the test:
     none of their tasks counts as Gaussian.
     """
     found = np.zeros(len(tasks), dtype=bool)
@@ -91,12 +96,13 @@ def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarra
     some = theta[torch.linspace(0, len(theta) - 1, THETAS).long()]
     draws = THETAS * (1 + 2 * len(RADII))
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True, draws=draws):
-        passed = _pass(density, chunk.batch, some)
+        filled = torch.as_tensor(np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge"))
+        passed = _pass(density, chunk.batch, some, () if suspected is None else suspected[:, filled].split(THETAS))
         found[chunk.index] = passed[: len(chunk.index)]
     return found
 
 
-def _pass(density: TaskDensity, batch: Batch, theta: Tensor) -> np.ndarray:
+def _pass(density: TaskDensity, batch: Batch, theta: Tensor, suspected: Sequence[Tensor]) -> np.ndarray:
     data = density.tensors(batch)
     shape = (len(theta), len(batch.names), density.structure.task_size)
     curvature = functools.partial(_curvature, density, theta, data)
@@ -104,15 +110,22 @@ def _pass(density: TaskDensity, batch: Batch, theta: Tensor) -> np.ndarray:
         quadratic = curvature(theta.new_zeros(shape))
         precise = torch.linalg.cholesky_ex(-quadratic[2]).info == 0
         passed = precise.all(0) & _finite(quadratic).all(0)
-        generator = torch.Generator().manual_seed(0)
-        for radius in RADII:
-            direction = torch.randn(shape, generator=generator, dtype=theta.dtype)
-            step = radius * direction / direction.square().mean(-1, keepdim=True).sqrt()
-            for noise in (step, -step):
-                passed &= _agrees(curvature(noise), quadratic, noise)
+        for noise in itertools.chain(_points(shape, theta.dtype), suspected):
             if not bool(passed.any()):
                 break
+            passed &= _agrees(curvature(noise), quadratic, noise)
     return passed.numpy()
+
+
+def _points(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Where tasks are tried, `(S, T, d)` each: on spheres, which in one dimension are two points, and scattered."""
+    generator = torch.Generator().manual_seed(0)
+    for radius in RADII:
+        direction = torch.randn(shape, generator=generator, dtype=dtype)
+        step = radius * direction / direction.square().mean(-1, keepdim=True).sqrt()
+        yield from (step, -step)
+    for _ in range(SCATTERED):
+        yield 2 * torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def _finite(parts: tuple[Tensor, ...]) -> Tensor:

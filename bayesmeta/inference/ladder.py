@@ -35,6 +35,8 @@ from bayesmeta.inference.weighing import (
 REFINEMENTS = ("auto", "none", "laplace", "nuts")
 LEAST_DRAWS = 200
 """Fewer weights are not judged: whoever wants fewer draws gets some of these."""
+SUSPECTED = 48
+"""Draws of a guide that failed at which a task must be Gaussian to count as such."""
 AUDITED = 0.05
 """Share of the accepted tasks that is searched for further modes."""
 
@@ -153,7 +155,8 @@ class _Climber:
         """The closed form of Gaussian tasks."""
         positions = self.found.open
         if len(positions):
-            gaussian = are_gaussian(self.density, self.tasks[positions], self.theta)
+            drawn = self.found.chosen(positions)[:SUSPECTED] if self.guides.task.method == "psis" else None
+            gaussian = are_gaussian(self.density, self.tasks[positions], self.theta, suspected=drawn)
             if self.replaced is not None:
                 gaussian &= are_gaussian(self.density, self.replaced[positions], self.theta)
             if gaussian.any():

@@ -176,3 +176,21 @@ def test_single_precision_is_never_trusted() -> None:
 def test_one_draw_of_theta_is_enough_to_judge() -> None:
     theta = torch.zeros(1, 1, dtype=torch.float64)
     assert are_gaussian(density(), make_tasks(ROWS), theta).all() and SIGMA > 0
+
+
+def test_a_narrow_second_mode_between_the_points_that_are_tried_is_not_gaussian() -> None:
+    """One row that is probably wild: nearly its prior, but for a spike nine sds of the noise wide at 2.8 prior sds."""
+
+    def model(batch: Batch) -> None:
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.0, 3.0))
+            with batch.observations():
+                loc = torch.stack(torch.broadcast_tensors(phi, torch.zeros_like(batch.y)), -1)
+                share = dist.Categorical(torch.tensor([0.6, 0.4]).expand(loc.shape))
+                pyro.sample("y", dist.MixtureSameFamily(share, dist.Normal(loc, torch.tensor([0.3, 5.0]))), obs=batch.y)
+
+    tasks = Tasks.from_arrays(None, [[-8.53], [40.0]])
+    density, theta = TaskDensity(model, tasks), torch.zeros(10, 0, dtype=torch.float64)
+    assert not are_gaussian(density, tasks, theta)[0]
+    suspected = torch.tensor([0.0, 40.0 / 3, 13.0] * 4, dtype=torch.float64)[:, None, None].expand(-1, 2, 1)
+    assert not are_gaussian(density, tasks, theta, suspected=suspected).any()

@@ -144,9 +144,11 @@ def test_only_what_fails_climbs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, sizes in asked.items():
         real = getattr(ladder, name)
 
-        def counted(read: object, some: object, theta: Tensor, real: object = real, sizes: list[int] = sizes) -> object:
+        def counted(
+            read: object, some: object, *given: object, real: object = real, sizes: list[int] = sizes, **named: object
+        ) -> object:
             sizes.append(len(some))  # type: ignore[arg-type]
-            return real(read, some, theta)  # type: ignore[operator]
+            return real(read, some, *given, **named)  # type: ignore[operator]
 
         monkeypatch.setattr(ladder, name, counted)
     theta = exact(rows)[0][-1] + 0.1 * torch.randn(400, 1, dtype=torch.float64)
