@@ -40,6 +40,11 @@ class Rows:
     task_inputs: Tensor
     weight: Tensor | None
 
+    def whole(self) -> Tensor:
+        """A one, the inputs of each row and those of its task: `(R, 1 + width + task_width)`."""
+        ones = self.inputs.new_ones(len(self.inputs), 1)
+        return torch.cat([ones, self.inputs, self.task_inputs[self.segment]], -1)
+
     def total(self, rows: Tensor) -> Tensor:
         """Weighted sum of rows `(R, *k)` within tasks: `(T, *k)`."""
         if self.weight is not None:

@@ -132,8 +132,7 @@ class NaturalGuide(TaskGuide):
     def prepare(self, batch: Batch, data: dict[str, Tensor]) -> Context:
         """Encodes the rows and sums them within tasks."""
         rows = self.inputs(batch)
-        ones = rows.inputs.new_ones(len(rows.inputs), 1)
-        inputs = torch.cat([ones, rows.inputs, rows.task_inputs[rows.segment]], -1)
+        inputs = rows.whole()
         features, gates = self.row_net(inputs).split([self._features, self._directions + 1], -1)
         gates = -nn.functional.logsigmoid(-gates)
         products = inputs[:, self.pairs[0]] * inputs[:, self.pairs[1]]

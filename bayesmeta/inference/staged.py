@@ -205,8 +205,7 @@ class StagedGuide(TaskGuide):
     def prepare(self, batch: Batch, data: dict[str, Tensor]) -> Context:
         """Encodes the rows, sums them within tasks, and regresses the labels on everything else."""
         rows = self.inputs(batch)
-        ones = rows.inputs.new_ones(len(rows.inputs), 1)
-        inputs = torch.cat([ones, rows.inputs, rows.task_inputs[rows.segment]], -1)
+        inputs = rows.whole()
         features, gates = self.row_net(inputs).split([self._features, self._gates], -1)
         gates = nn.functional.softplus(gates)
         inputs = inputs[:, self._arrange]
