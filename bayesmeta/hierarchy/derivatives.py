@@ -1,4 +1,4 @@
-"""Derivatives of recorded graphs as graphs of their own: value, gradient and curvature, simplified and compiled.
+"""Derivatives of recorded graphs as graphs of their own: value, gradient and curvature, simplified.
 
 `recording.py` and the inference methods that need more than a gradient build their functions here. What cannot be
 recorded or compiled runs as it is and gives the same numbers.
@@ -9,9 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-import threading
-import types
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from bayesmeta.hierarchy.compiling import compile_graph
 from bayesmeta.hierarchy.contractions import contract
 from bayesmeta.hierarchy.hoisting import hoist
 from bayesmeta.hierarchy.predictors import Predictor, predictor_of
@@ -33,9 +31,6 @@ TensorFunction = Callable[..., Any]
 
 BY_COLUMN = 3
 """Up to this dimension a Hessian is recorded column by column."""
-
-_COMPILING = threading.RLock()
-_COMPILER_FAILED = (RuntimeError, OSError, ImportError, AssertionError, AttributeError)
 
 
 def traced(
@@ -185,50 +180,3 @@ def _recorded(function: TensorFunction, leaves: Sequence[Tensor]) -> torch.fx.Gr
     except (RuntimeError, NotImplementedError) as error:
         logger.info("derivatives of a graph could not be recorded, autograd computes them: %s", error)
         return None
-
-
-def compile_graph(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> TensorFunction:
-    """Compiles a graph, or finds it in torch's cache on disk; without a working compiler the graph itself."""
-    try:
-        with _COMPILING, warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            try:
-                return _compiled(graph, leaves, trusted=True)
-            except _COMPILER_FAILED:
-                _forget_processor()
-                return _compiled(graph, leaves, trusted=False)
-    except _COMPILER_FAILED as error:
-        logger.info("a graph runs uncompiled, the compiler failed: %s", error)
-        return contract(graph).forward
-
-
-def _compiled(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], *, trusted: bool) -> TensorFunction:
-    """The compiled graph; `trusted`: the vector instructions that the processor names are not tried out (seconds)."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, for sympy
-
-    config = torch._inductor.config
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)  # without shapes nothing is cached
-    examples: list[Any] = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
-    asked = config.cpp.vec_isa_ok
-    with tracing(TracingContext(mode)), config.patch({"cpp.vec_isa_ok": True if asked is None and trusted else asked}):
-        compiled = torch._inductor.compile(_cacheable(graph), examples)
-    compiled(*leaves)
-    return compiled  # type: ignore[no-any-return]
-
-
-def _forget_processor() -> None:
-    """Makes torch forget which vector instructions it took for granted."""
-    for found in vars(torch._inductor.cpu_vec_isa).values():
-        for remembered in vars(found).values() if isinstance(found, type) else [found]:
-            if hasattr(remembered, "cache_clear"):
-                remembered.cache_clear()
-
-
-def _cacheable(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The graph with tensor methods as the operations that they are: torch's cache does not take methods."""
-    copied = torch.fx.Graph()
-    copied.output(copied.graph_copy(graph.graph, {}))
-    for node in copied.nodes:
-        if isinstance(node.target, types.MethodDescriptorType):
-            node.target = getattr(torch.ops.aten, node.target.__name__)
-    return torch.fx.GraphModule(graph, copied)

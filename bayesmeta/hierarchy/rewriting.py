@@ -53,6 +53,16 @@ def constant_of(graph: fx.GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def number_of(graph: Any, argument: Any) -> float | None:
+    """A number, given as such or as a constant that is the same everywhere."""
+    if isinstance(argument, (int, float)):
+        return float(argument)
+    constant = constant_of(graph, argument)
+    if constant is None or not constant.is_floating_point() or not bool((constant == constant.flatten()[0]).all()):
+        return None
+    return float(constant.flatten()[0])
+
+
 def looked_up(node: fx.Node) -> int:
     """Among how many things a tensor of whole numbers, or a view of it, chooses; 0 where it does not choose.
 
@@ -76,7 +86,8 @@ def _choices(node: fx.Node, index: fx.Node) -> int:
 
 
 def rewrite(graph: fx.GraphModule, step: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> None:
-    """Replaces each call for which `step` returns another node."""
+    """Replaces each call for which `step` returns another node; before that, what nothing uses goes away."""
+    graph.graph.eliminate_dead_code()
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue

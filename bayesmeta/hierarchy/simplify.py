@@ -20,9 +20,11 @@ from bayesmeta.hierarchy.rewriting import (
     impure,
     is_expanded,
     merge,
+    number_of,
     rewrite,
     shape_of,
 )
+from bayesmeta.hierarchy.row_sums import factored
 
 aten = torch.ops.aten
 
@@ -117,7 +119,7 @@ def simplify(graph: fx.GraphModule) -> fx.GraphModule:
     if not any(impure(node) for node in graph.graph.nodes):
         _fold_constants(graph)
         describe(graph)
-        for step in (_same, _neutral, _single, _hoisted, _same, _hoisted, _signs, _chained, _same):
+        for step in (_same, _neutral, _single, _hoisted, _same, _hoisted, _signs, _chained, factored, _same):
             rewrite(graph, step)
         merge(graph)
         for node in graph.graph.nodes:
@@ -233,18 +235,8 @@ def _one_shift(graph: fx.Graph, before: fx.Node, node: fx.Node) -> fx.Node | Non
 def _shift(graph: Any, node: fx.Node) -> float | None:
     """The number that a node adds to its first argument, if that is what it does."""
     sign = _SIGN.get(node.target)
-    number = None if sign is None else _number(graph, node.args[1])
+    number = None if sign is None else number_of(graph, node.args[1])
     return None if sign is None or number is None else sign * number
-
-
-def _number(graph: Any, argument: Any) -> float | None:
-    """A number, given as such or as a constant that is the same everywhere."""
-    if isinstance(argument, (int, float)):
-        return float(argument)
-    constant = constant_of(graph, argument)
-    if constant is None or not constant.is_floating_point() or not bool((constant == constant.flatten()[0]).all()):
-        return None
-    return float(constant.flatten()[0])
 
 
 def _signs(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

@@ -172,7 +172,14 @@ def _newton_step(graph: Callable[..., Any], theta: Tensor, noise: Tensor, leaves
 
 
 def _closed(graph: Callable[..., Any], theta: Tensor, noise: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    return log_evidence(*curvature(graph, 1, theta, noise, *leaves))
+    """The gradient is the mean of that of the log joint (Fisher's identity), a quadratic in φ: 2 d points give it."""
+    value, gradient, hessian = (part.detach() for part in curvature(graph, 1, theta, noise, *leaves))
+    lower = Lower.cholesky(-hessian.movedim((-2, -1), (0, 1)))
+    mode = noise + lower.solve_transposed(lower.solve(gradient.movedim(-1, 0))).movedim(0, -1)
+    dim = noise.shape[-1]
+    axes = math.sqrt(dim) * torch.eye(dim, dtype=noise.dtype)
+    joint = _at_nodes(graph, theta, _spread(mode, lower, torch.cat([axes, -axes])), leaves).mean(0)
+    return log_evidence(value, gradient, hessian) + (joint - joint.detach())
 
 
 def _laplace(graph: Callable[..., Any], theta: Tensor, noise: Tensor, leaves: Sequence[Tensor]) -> Tensor:
@@ -208,15 +215,19 @@ def _quadrature(dim: int) -> Callable[..., Tensor]:
     def one(graph: Callable[..., Any], theta: Tensor, noise: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         _, _, hessian = curvature(graph, 1, theta, noise, *leaves)
         lower = Lower.cholesky(-hessian.detach().movedim((-2, -1), (0, 1)))
-        white = points.to(noise.dtype).mT.unsqueeze(-1).expand(-1, -1, len(noise))
-        by_node = Lower([column.unsqueeze(1) for column in lower.columns])
-        spread = noise + by_node.solve_transposed(white).movedim(0, -1)
-        value = _at_nodes(graph, theta, spread, leaves)
+        value = _at_nodes(graph, theta, _spread(noise, lower, points.to(noise.dtype)), leaves)
         bend = (log_weights + 0.5 * points.square().sum(-1)).to(noise.dtype).unsqueeze(-1)
         constant = 0.5 * dim * math.log(2 * math.pi)
         return (value + bend).logsumexp(0) - lower.log_det() + constant
 
     return one
+
+
+def _spread(centre: Tensor, lower: Lower, white: Tensor) -> Tensor:
+    """Points `(K, d)` of a standard normal as points `(K, T, d)` of normals around `(T, d)` with precisions L Lᵀ."""
+    columns = white.mT.unsqueeze(-1).expand(-1, -1, len(centre))
+    by_node = Lower([column.unsqueeze(1) for column in lower.columns])
+    return centre + by_node.solve_transposed(columns).movedim(0, -1)
 
 
 def _at_nodes(graph: Callable[..., Any], theta: Tensor, spread: Tensor, leaves: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,114 @@
+"""Compiled graphs: faster by an order where they are called thousands of times; checked against the graph itself."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from bayesmeta.hierarchy.contractions import contract
+
+logger = logging.getLogger("bayesmeta")
+
+TensorFunction = Callable[..., Any]
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""What a compiled graph may differ by, relative to the largest number of an output."""
+MOVED = 0.1
+"""A compiled graph is compared at its examples, and with up to so much added to all numbers."""
+
+_COMPILING = threading.RLock()
+_COMPILER_FAILED = (RuntimeError, OSError, ImportError, AssertionError, AttributeError)
+
+
+def compile_graph(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> TensorFunction:
+    """Compiles a graph, or finds it in torch's cache on disk; without a working compiler the graph itself.
+
+    Compilers make mistakes (torch 2.13 sums some fused, vectorised loops wrongly): what is compiled must give the
+    graph's numbers at two points, or it is compiled without vector instructions, or not at all.
+    """
+    try:
+        with _COMPILING, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            expected = _outputs(graph, leaves)
+            for vectors in (True, False):
+                compiled = _compiled_anyhow(graph, leaves, {} if vectors else {"cpp.simdlen": 0})
+                if _same_numbers(_outputs(compiled, leaves), expected):
+                    return compiled
+        logger.info("a graph runs uncompiled, the compiled one gives other numbers")
+    except _COMPILER_FAILED as error:
+        logger.info("a graph runs uncompiled, the compiler failed: %s", error)
+    return contract(graph).forward
+
+
+def _outputs(function: TensorFunction, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """What a function makes of its examples and of arguments a little beside them."""
+    generator = torch.Generator().manual_seed(0)
+    beside = [leaf + _move(leaf, generator) if leaf.is_floating_point() else leaf for leaf in leaves]
+    return [output for point in (leaves, beside) for output in pytree.tree_leaves(function(*point))]
+
+
+def _move(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    return MOVED * torch.rand(leaf.shape, dtype=leaf.dtype, generator=generator)
+
+
+def _same_numbers(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether outputs agree up to rounding, relative to the largest finite number of each, wherever they are finite."""
+    return all(_agree(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    finite = torch.isfinite(other)
+    one, other = one[finite], other[finite]
+    limit = ROUNDING.get(other.dtype, 0.0) * (1 + float(other.abs().max())) if other.numel() else 0.0
+    return bool(((one - other).abs() <= limit).all())
+
+
+def _compiled_anyhow(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], options: dict[str, Any]) -> TensorFunction:
+    with torch._inductor.config.patch(options):
+        try:
+            return _compiled(graph, leaves, trusted=True)
+        except _COMPILER_FAILED:
+            _forget_processor()
+            return _compiled(graph, leaves, trusted=False)
+
+
+def _compiled(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], *, trusted: bool) -> TensorFunction:
+    """The compiled graph; `trusted`: the vector instructions that the processor names are not tried out (seconds)."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, for sympy
+
+    config = torch._inductor.config
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)  # without shapes nothing is cached
+    examples: list[Any] = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
+    asked = config.cpp.vec_isa_ok
+    with tracing(TracingContext(mode)), config.patch({"cpp.vec_isa_ok": True if asked is None and trusted else asked}):
+        compiled = torch._inductor.compile(_cacheable(graph), examples)
+    compiled(*leaves)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _forget_processor() -> None:
+    """Makes torch forget which vector instructions it took for granted."""
+    for found in vars(torch._inductor.cpu_vec_isa).values():
+        for remembered in vars(found).values() if isinstance(found, type) else [found]:
+            if hasattr(remembered, "cache_clear"):
+                remembered.cache_clear()
+
+
+def _cacheable(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph with tensor methods as the operations that they are: torch's cache does not take methods."""
+    copied = torch.fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    for node in copied.nodes:
+        if isinstance(node.target, types.MethodDescriptorType):
+            node.target = getattr(torch.ops.aten, node.target.__name__)
+    return torch.fx.GraphModule(graph, copied)
