@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bayesmeta.hierarchy.rewriting import alike, example, shape_of
+from bayesmeta.hierarchy.rewriting import alike, depending_on, example, name_of, shape_of
 
 _VIEWS = {"unsqueeze", "squeeze", "reshape", "view", "_unsafe_view", "alias", "clone", "contiguous"}
 _ADDITIVE = {"add", "sub", "rsub", "neg"} | _VIEWS
@@ -51,29 +51,15 @@ def _split(graph: fx.GraphModule, target: int) -> Predictor | None:
     shape, value = example(leaf), example(result)
     if shape is None or value is None or value.shape != shape.shape[:-1]:
         return None
-    moving = _below(nodes, leaf)
+    moving = depending_on(nodes, [leaf])
     affine = _affine(nodes, leaf, moving)
     necks = [node for node in reversed(nodes) if node in affine and _rows(node, value.shape) > shape.shape[-1]]
     neck = next((node for node in necks if _is_rowwise(nodes, node, moving, value.dim())), None)
     return None if neck is None else Predictor(_before(graph, inputs, neck), _after(graph, inputs, neck))
 
 
-def _below(nodes: list[fx.Node], start: fx.Node) -> set[fx.Node]:
-    """A node and all that depend on it."""
-    found = {start}
-    for node in nodes:
-        if node.op == "call_function" and not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def _parents(node: fx.Node, moving: set[fx.Node]) -> list[fx.Node]:
     return [parent for parent in node.all_input_nodes if parent in moving]
-
-
-def _name(node: fx.Node) -> str:
-    target: Any = node.target
-    return str(getattr(getattr(target, "overloadpacket", target), "__name__", target))
 
 
 def _affine(nodes: list[fx.Node], leaf: fx.Node, moving: set[fx.Node]) -> set[fx.Node]:
@@ -87,7 +73,7 @@ def _affine(nodes: list[fx.Node], leaf: fx.Node, moving: set[fx.Node]) -> set[fx
 
 def _is_affine(node: fx.Node, moving: set[fx.Node]) -> bool:
     """Whether an operation is affine in all moving arguments together."""
-    name = _name(node)
+    name = name_of(node)
     if name in _OF_FIRST:
         first = [argument is node.args[0] for argument in _arguments(node)]
         return _occurrences(node, moving) == first and "rounding_mode" not in node.kwargs
@@ -117,7 +103,7 @@ def _rows(node: fx.Node, batch: torch.Size) -> int:
 
 def _is_rowwise(nodes: list[fx.Node], neck: fx.Node, moving: set[fx.Node], batch: int) -> bool:
     """Whether the result is a sum of functions of single numbers of `neck`, and of what does not depend on it."""
-    below = _below(nodes, neck)
+    below = depending_on(nodes, [neck])
     rows: set[Any] = {neck}
     sums: set[Any] = set()
     for node in (node for node in nodes if node in below and node is not neck):
@@ -133,7 +119,7 @@ def _is_rowwise(nodes: list[fx.Node], neck: fx.Node, moving: set[fx.Node], batch
 
 def _sums_rows(node: fx.Node, batch: int) -> bool:
     """Whether a node sums everything but the first `batch` dimensions."""
-    if _name(node) != "sum" or len(node.args) < 2:
+    if name_of(node) != "sum" or len(node.args) < 2:
         return False
     arguments: Any = node.args
     shape = shape_of(arguments[0])
@@ -143,15 +129,15 @@ def _sums_rows(node: fx.Node, batch: int) -> bool:
 
 def _adds_sums(node: fx.Node, rows: set[Any], moving: set[fx.Node], batch: torch.Size) -> bool:
     """Whether a node adds what there is one number of for each task, or scales it; it must not look at rows."""
-    name = _name(node)
-    additive = name in _ADDITIVE or (name == "mul" and sum(_occurrences(node, moving)) == 1)
+    name = name_of(node)
+    additive = name in _ADDITIVE or (name in ("mul", "div") and _is_affine(node, moving))
     return additive and rows.isdisjoint(_parents(node, moving)) and _rows(node, batch) <= 1
 
 
 def _is_pointwise(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return False
-    packet = getattr(torch.ops.aten, _name(node), None)
+    packet = getattr(torch.ops.aten, name_of(node), None)
     overloads = [] if packet is None else packet.overloads()
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,20 +47,50 @@ def alike(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def constant_of(graph: fx.GraphModule, node: Any) -> Tensor | None:
+def constant_of(graph: Any, node: Any) -> Tensor | None:
     """The tensor that a node of a graph holds."""
     value = getattr(graph, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
     return value if isinstance(value, Tensor) else None
 
 
-def number_of(graph: Any, argument: Any) -> float | None:
+def number_of(argument: Any) -> float | None:
     """A number, given as such or as a constant that is the same everywhere."""
     if isinstance(argument, (int, float)):
         return float(argument)
-    constant = constant_of(graph, argument)
-    if constant is None or not constant.is_floating_point() or not bool((constant == constant.flatten()[0]).all()):
+    constant = constant_of(argument.graph.owning_module, argument) if isinstance(argument, fx.Node) else None
+    if constant is None or not constant.is_floating_point() or not constant.numel():
+        return None
+    if not bool((constant == constant.flatten()[0]).all()):
         return None
     return float(constant.flatten()[0])
+
+
+def repeated(argument: Any, shape: torch.Size, dims: Sequence[int]) -> Any:
+    """What an argument of a pointwise operation on `shape` repeats along `dims`, or a number; None if it does not."""
+    number = number_of(argument)
+    if number is not None:
+        return number
+    source = argument.args[0] if is_expanded(argument) else argument
+    own = example(source)
+    if own is None:
+        return None
+    missing = len(shape) - own.dim()
+    return source if all(d < missing or own.shape[d - missing] == 1 for d in dims) else None
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of an operation, whether PyTorch's own or a Python binding of it."""
+    target: Any = node.target
+    return str(getattr(getattr(target, "overloadpacket", target), "__name__", target))
+
+
+def depending_on(nodes: Sequence[fx.Node], start: Iterable[fx.Node]) -> set[fx.Node]:
+    """Some nodes and all that depend on any of them."""
+    found = set(start)
+    for node in nodes:
+        if node.op == "call_function" and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def looked_up(node: fx.Node) -> int:

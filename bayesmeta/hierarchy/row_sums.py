@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from bayesmeta.hierarchy.rewriting import add_call, alike, example, is_expanded, number_of, shape_of
+from bayesmeta.hierarchy.rewriting import add_call, alike, example, number_of, repeated, shape_of
 
 aten = torch.ops.aten
-_TERMS = {aten.add.Tensor, aten.sub.Tensor}
-_LINEAR = {aten.mul.Tensor, aten.xlogy.Tensor}
+_TERMS = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default}
+_LINEAR = {aten.mul.Tensor, aten.div.Tensor, aten.xlogy.Tensor}
 """Linear in the first argument whatever the second is; of a product either may be the second."""
 _A_SUM = 2
 """Operations on all rows that one more sum takes: the mask and the sum."""
@@ -44,7 +44,7 @@ def factored(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _unmasked(graph: fx.Graph, node: Any) -> tuple[Any, Any, Any]:
     """What says which numbers count, these, and the 0 that others are replaced by."""
-    if node.target is aten.where.self and len(node.users) == 1 and number_of(graph.owning_module, node.args[2]) == 0:
+    if node.target is aten.where.self and len(node.users) == 1 and number_of(node.args[2]) == 0:
         return node.args  # type: ignore[no-any-return]
     return None, node, None
 
@@ -102,19 +102,10 @@ class _Rows:
         return self._call(aten.mul.Tensor, self._call(aten.sum.dim_IntList, whole, list(self.dims), True), small)
 
     def _shared(self, argument: Any) -> Any:
-        """An argument without its repetitions, if it is the same in all rows; None if it is not."""
-        number = number_of(self.graph.owning_module, argument)
-        if number is not None:
-            return number
-        source = argument.args[0] if is_expanded(argument) else argument
-        own = example(source)
-        if own is None:
-            return None
-        missing = len(self.shape) - own.dim()
-        return source if all(d < missing or own.shape[d - missing] == 1 for d in self.dims) else None
+        return repeated(argument, self.shape, self.dims)
 
     def _terms(self, node: fx.Node) -> tuple[Any, ...]:
-        """The terms of a sum or a difference that nothing else uses."""
+        """The terms of a sum, a difference or a negative that nothing else uses."""
         if node.target not in _TERMS or node.kwargs or len(node.users) > 1:
             return ()
         return node.args if all(self._whole(t) or self._shared(t) is not None for t in node.args) else ()

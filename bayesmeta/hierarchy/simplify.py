@@ -235,7 +235,7 @@ def _one_shift(graph: fx.Graph, before: fx.Node, node: fx.Node) -> fx.Node | Non
 def _shift(graph: Any, node: fx.Node) -> float | None:
     """The number that a node adds to its first argument, if that is what it does."""
     sign = _SIGN.get(node.target)
-    number = None if sign is None else number_of(graph, node.args[1])
+    number = None if sign is None else number_of(node.args[1])
     return None if sign is None or number is None else sign * number
 
 

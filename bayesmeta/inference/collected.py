@@ -20,6 +20,7 @@ from torch import Tensor
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.derivatives import Prepared
+from bayesmeta.hierarchy.sufficient import condensed
 from bayesmeta.inference.chunks import like_sizes
 
 PIECE_DRAWS = 16
@@ -91,19 +92,37 @@ class Collected:
     def __init__(self, density: TaskDensity, tasks: Tasks, *, points: int = 1) -> None:
         self.density, self.count = density, len(tasks)
         self.values = dict(density.learned.values)
-        sizes = np.asarray(tasks.sizes)
-        groups = _groups(sizes, points, exact=density.structure.exact_size)
         self._theta = density.initial_theta()
+        groups = self._groups(tasks, points)
         self.elements = points * rows(tasks)
         self.blocks = [Block(tuple(self._piece(tasks, index) for index in block)) for block in groups]
         self.order = torch.as_tensor(np.concatenate(list(itertools.chain(*groups)))).argsort()
         self._prior = self._joint(tasks[groups[0][0][:1]])
 
+    def _groups(self, tasks: Tasks, points: int) -> list[list[np.ndarray]]:
+        """Positions of tasks by block and piece: all tasks are one piece where rows cost next to nothing."""
+        sizes, exact = np.asarray(tasks.sizes), self.density.structure.exact_size
+        groups = _groups(sizes, points, exact=exact)
+        together = len(sizes) * int(sizes.max(initial=1)) * points <= BLOCK_ELEMENTS
+        if exact or not together or len(groups[0]) == 1:
+            return groups
+        _, small = self._graph(tasks, groups[0][0])
+        return [[np.arange(len(sizes))]] if small else groups
+
     def _piece(self, tasks: Tasks, index: np.ndarray) -> Piece:
+        graph, _ = self._graph(tasks, index)
+        return Piece(index, graph, tuple(self.density.tensors(tasks.batch(index)).values()))
+
+    def _graph(self, tasks: Tasks, index: np.ndarray) -> tuple[Callable[..., Any], bool]:
+        """The graph of some tasks, and whether its sums over rows have been condensed."""
         data = self.density.tensors(tasks.batch(index))
         noise = self._theta.new_zeros(len(index), self.density.structure.task_size)
         graph = self.density.log_task.graph(self._theta, noise, data, self.values)
-        return Piece(index, graph, tuple(data.values()))
+        if not isinstance(graph, torch.fx.GraphModule):
+            return graph, False
+        count = len(data) + 2
+        smaller = condensed(graph, [0, 1, *range(count, count + len(self.values))])
+        return smaller, smaller is not graph
 
     def _joint(self, task: Tasks) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
         data = self.density.tensors(task.batch([0]))

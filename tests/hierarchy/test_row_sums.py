@@ -63,6 +63,9 @@ def test_rates_and_scales_leave_the_sum(mask: Tensor) -> None:
         lambda y, rate, mask: (y * rate).sum(0),
         lambda y, rate, mask: (y * rate[0, 0] + rate[0, 0]).sum(0, keepdim=True),
         lambda y, rate, mask: (y.exp() + 3.0).sum(1),
+        lambda y, rate, mask: torch.where(mask, -(y**2) / 0.3 - 2.0, ZERO).sum(1),
+        lambda y, rate, mask: torch.where(mask, -(y.exp() / rate + rate), ZERO).sum(1),
+        lambda y, rate, mask: (rate / y.exp() - rate).sum(1),
         lambda y, rate, mask: (rate.expand(3, 4) * 3.0).sum(1),
     ],
 )

@@ -45,6 +45,14 @@ def test_few_tasks_are_one_block_and_many_share_their_shapes(monkeypatch: pytest
     assert all(len(b.pieces) == 1 and b.count * b.leaves[0].shape[1] <= 120 for b in whole)
 
 
+def test_rows_of_least_squares_are_condensed_alike_in_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = gathered(monkeypatch, 2**20), gathered(monkeypatch, 120)
+    assert [len(piece.index) for piece in few.blocks[0].pieces] == [40]
+    graphs = {(id(piece.graph), piece.leaves[1].shape) for block in many.blocks for piece in block.pieces}
+    assert len(graphs) == len({shape for _, shape in graphs})
+    assert any("linalg_qr" in str(node.target) for node in few.blocks[0].pieces[0].graph.graph.nodes)  # type: ignore[attr-defined]
+
+
 def summed(block: Block, theta: Tensor, noise: Tensor, *leaves: Tensor) -> tuple[Tensor]:
     return (torch.stack([p.sum() for p in block.by_piece(one, theta, noise, leaves)]).sum(),)
 
