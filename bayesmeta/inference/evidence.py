@@ -127,7 +127,7 @@ class Evidence:
     def _search(self, place: int, theta: Tensor, values: Sequence[Tensor]) -> Tensor | None:
         """The damped search, from the prior's centre."""
         block = self._blocks[place]
-        found = block.by_piece(_piece_modes, theta, self._start[place], [*block.leaves, *values])
+        found = block.by_piece(piece_modes, theta, self._start[place], [*block.leaves, *values])
         if not all(bool(modes.converged.all()) for modes in found):
             return None
         self._modes[place] = torch.cat([modes.loc[0] for modes in found])
@@ -156,7 +156,9 @@ def _newton(block: Block, theta: Tensor, noise: Tensor, *leaves: Tensor) -> tupl
     return value.detach(), moved.detach(), length.amax().detach()
 
 
-def _piece_modes(graph: Callable[..., Any], theta: Tensor, start: Tensor, leaves: Sequence[Tensor]) -> Modes:
+def piece_modes(graph: Callable[..., Any], theta: Tensor, start: Tensor, leaves: Sequence[Tensor]) -> Modes:
+    """The modes of a piece's tasks at one θ `(1, T, …)`, by the damped search from `start` `(T, d)`."""
+
     def at(noise: Tensor) -> Any:
         parts = curvature(graph, 1, theta, noise[0].detach(), *leaves)
         return tuple(part.detach().unsqueeze(0) for part in parts)

@@ -25,8 +25,9 @@ from bayesmeta.inference.evidence import Evidence, kind_of, points_of
 from bayesmeta.inference.exact import are_gaussian
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.mode import Mode
-from bayesmeta.inference.nuts import check_lengths, check_samplable, from_chains, laplace_guides, sample
+from bayesmeta.inference.nuts import check_lengths, check_samplable, from_chains, laplace_guides
 from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.sampling import Lengths, sample
 from bayesmeta.inference.threads import threads_for
 from bayesmeta.inference.training import History
 
@@ -110,9 +111,9 @@ class Marginal:
             own = evidence.again()
             return lambda position: signed.log_density(own, position)
 
-        lengths = {"chains": self.chains, "warmup": self.warmup, "draws": self.draws}
+        lengths = Lengths(self.chains, self.warmup, self.draws)
         starts = mode.shared().sample
-        drawn = sample(make, lambda: signed.position(starts(1)[0]), progress=progress, view=signed.view, **lengths)
+        drawn = sample(make, lambda: signed.position(starts(1)[0]), lengths, progress=progress, view=signed.view)
         return from_chains(torch.as_tensor(drawn.draws).flatten(0, 1), drawn)
 
     def _fitted(self, evidence: Evidence, mode: Mode) -> tuple[SharedDraws, SharedDraws | None]:
