@@ -381,9 +381,7 @@ def _check_task_site(name: str, fn: dist.TorchDistribution, plates: set[str], ta
             f"task site {name!r} is inside further plates {others}; use .expand([...]).to_event(...) in their place"
         )
     if whitening.is_improper(fn):
-        raise ValueError(
-            f"task site {name!r} has an improper prior; give it a proper one (flat priors: shared sites only)"
-        )
+        raise ValueError(f"task site {name!r} has an improper prior; give it a proper one (only shared sites may)")
     if tuple(fn.batch_shape) != (tasks, 1):
         raise ValueError(
             f"task site {name!r}: expected one value a task, batch shape ({tasks}, 1), got {tuple(fn.batch_shape)}; "

@@ -42,7 +42,8 @@ class NUTS:
 
     Args:
         chains: Number of chains.
-        warmup: Transitions that adapt step size and mass matrix, a chain.
+        warmup: Transitions that adapt step size and mass matrix, a chain; of 500 and more the first fifth looks for
+            coordinates in which tasks follow θ.
         draws: Draws kept, a chain.
     """
 
