@@ -21,8 +21,8 @@ logger = logging.getLogger("bayesmeta")
 
 TensorFunction = Callable[..., Any]
 
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""What a compiled graph may differ by, relative to the largest number of an output."""
+ROUNDING = {torch.float64: (1e-8, 1e-12), torch.float32: (1e-3, 1e-5)}
+"""What a number of a compiled graph may differ by, relative to itself, and to 1 + the largest of its output."""
 MOVED = 0.1
 """A compiled graph is compared at its examples, and with up to so much added to all numbers."""
 
@@ -39,10 +39,11 @@ def compile_graph(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> Tens
     try:
         with _COMPILING, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            expected = _outputs(graph, leaves)
+            points = _points(graph, leaves)
+            expected = _outputs(graph, points)
             for vectors in (True, False):
                 compiled = _compiled_anyhow(graph, leaves, {} if vectors else {"cpp.simdlen": 0})
-                if _same_numbers(_outputs(compiled, leaves), expected):
+                if all(map(_agree, _outputs(compiled, points), expected)):
                     return compiled
         logger.info("a graph runs uncompiled, the compiled one gives other numbers")
     except _COMPILER_FAILED as error:
@@ -50,27 +51,39 @@ def compile_graph(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> Tens
     return contract(graph).forward
 
 
-def _outputs(function: TensorFunction, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """What a function makes of its examples and of arguments a little beside them."""
+def _points(function: TensorFunction, leaves: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The examples, and arguments a little beside them where the function has values there."""
     generator = torch.Generator().manual_seed(0)
-    beside = [leaf + _move(leaf, generator) if leaf.is_floating_point() else leaf for leaf in leaves]
-    return [output for point in (leaves, beside) for output in pytree.tree_leaves(function(*point))]
+    beside = [_moved(leaf, generator) for leaf in leaves]
+    try:
+        function(*beside)
+    except RuntimeError:  # a matrix is no longer positive definite
+        return [leaves]
+    return [leaves, beside]
 
 
-def _move(leaf: Tensor, generator: torch.Generator) -> Tensor:
-    return MOVED * torch.rand(leaf.shape, dtype=leaf.dtype, generator=generator)
+def _moved(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """Compiled graphs depend on strides: what is not contiguous stays."""
+    if not leaf.is_floating_point() or not leaf.is_contiguous():
+        return leaf
+    return leaf + MOVED * torch.rand(leaf.shape, dtype=leaf.dtype, generator=generator)
 
 
-def _same_numbers(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether outputs agree up to rounding, relative to the largest finite number of each, wherever they are finite."""
-    return all(_agree(one, other) for one, other in zip(found, expected, strict=True))
+def _outputs(function: TensorFunction, points: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [output for point in points for output in pytree.tree_leaves(function(*point))]
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether outputs are the same up to rounding, infinities included."""
+    if other.dtype not in ROUNDING:
+        return torch.equal(one, other)
     finite = torch.isfinite(other)
+    if not torch.equal(torch.nan_to_num(one[~finite], nan=0.0), torch.nan_to_num(other[~finite], nan=0.0)):
+        return False
     one, other = one[finite], other[finite]
-    limit = ROUNDING.get(other.dtype, 0.0) * (1 + float(other.abs().max())) if other.numel() else 0.0
-    return bool(((one - other).abs() <= limit).all())
+    relative, least = ROUNDING[other.dtype]
+    largest = float(other.abs().max()) if other.numel() else 0.0
+    return bool(((one - other).abs() <= relative * other.abs() + least * (1 + largest)).all())
 
 
 def _compiled_anyhow(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], options: dict[str, Any]) -> TensorFunction:

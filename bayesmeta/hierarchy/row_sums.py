@@ -26,7 +26,9 @@ _A_SUM = 2
 def factored(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """A sum over rows, masked or not, as sums of what differs between rows, where that is no more work."""
     source, value = node.args[0] if node.args else None, example(node)
-    if node.target is not aten.sum.dim_IntList or node.kwargs or value is None or not value.is_floating_point():
+    if node.target is not aten.sum.dim_IntList or node.kwargs or not node.args[1]:
+        return None
+    if value is None or value.dtype != torch.float64:  # sums apart from each other cancel: float32 has no digits for it
         return None
     mask, source, zero = _unmasked(graph, source)
     if not alike(example(source), example(node.args[0])):
@@ -36,10 +38,9 @@ def factored(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     rows = _Rows(graph, shape, value.dtype, tuple(sorted(d % len(shape) for d in dims)), mask, zero)
     if not rows.shares(source):
         return None
-    total = rows.total(source)
-    if len(node.args) < 3:
-        total = add_call(graph, aten.squeeze.dims, (total, list(rows.dims)))
-    return total if alike(example(total), value) else add_call(graph, aten.expand.default, (total, list(value.shape)))
+    kept = [1 if d in rows.dims else size for d, size in enumerate(shape)]
+    total = add_call(graph, aten.expand.default, (rows.total(source), kept))
+    return total if len(node.args) > 2 else add_call(graph, aten.squeeze.dims, (total, list(rows.dims)))
 
 
 def _unmasked(graph: fx.Graph, node: Any) -> tuple[Any, Any, Any]:
@@ -102,7 +103,9 @@ class _Rows:
         return self._call(aten.mul.Tensor, self._call(aten.sum.dim_IntList, whole, list(self.dims), True), small)
 
     def _shared(self, argument: Any) -> Any:
-        return repeated(argument, self.shape, self.dims)
+        """What an argument repeats along the rows; None if it does not, or holds whole numbers."""
+        found = repeated(argument, self.shape, self.dims)
+        return found if not isinstance(found, fx.Node) or found.meta["val"].dtype == self.dtype else None
 
     def _terms(self, node: fx.Node) -> tuple[Any, ...]:
         """The terms of a sum, a difference or a negative that nothing else uses."""

@@ -47,6 +47,14 @@ def condensed(graph: fx.GraphModule, varying: Sequence[int]) -> fx.GraphModule:
     return graph.meta[key]  # type: ignore[no-any-return]
 
 
+def widest(graph: fx.GraphModule, varying: Sequence[int], tasks: int) -> int:
+    """Most numbers a task in what a graph computes from inputs that change."""
+    nodes = list(graph.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    moving = depending_on(nodes, [inputs[place] for place in varying])
+    return max(value.numel() // tasks for value in map(example, moving) if value is not None)
+
+
 def _condensed(graph: fx.GraphModule, varying: Sequence[int]) -> fx.GraphModule:
     made = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     nodes = list(made.graph.nodes)

@@ -39,6 +39,11 @@ GOOD_SHARE = 0.6
 SETTLED = 1e-3
 """Training also stops when a stage has raised the bound by less than this, in nats a task."""
 
+THETAS = 8
+"""Draws of θ a step."""
+LEAST_POSTERIORS = 512
+"""Draws of task posteriors a step, where there is no θ to draw and the tasks are many enough."""
+
 SHARED: dict[str, Callable[[Tensor, Tensor], SharedPosterior]] = {
     "normal": NormalShared,
     "lowrank": LowRankShared,
@@ -129,7 +134,7 @@ def fit_amortized(
     behind = History() if checkpoint is None else checkpoint.restore(guides)
     batches = _contexts(density, tasks, guides, options.optimizer.batch_tasks)
     objective = _objective(options)
-    draws = 1 if options.shared == "map" else 8
+    draws = _draws(density, options, len(tasks))
     pieces = _pieces(density, tasks, options.optimizer.batch_tasks, draws)
 
     def loss() -> Tensor:
@@ -156,6 +161,15 @@ def fit_amortized(
     density.learned.values.update(guides.values)
     with torch.no_grad():
         return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS), history
+
+
+def _draws(density: TaskDensity, options: Amortized, tasks: int) -> int:
+    """How many θ a step draws; where nothing is shared, enough posteriors over all tasks of the batch."""
+    if options.shared == "map":
+        return 1
+    if density.structure.shared_size:
+        return THETAS
+    return min(THETAS, max(2, LEAST_POSTERIORS // min(tasks, options.optimizer.batch_tasks)))
 
 
 def _batch_numbers(tasks: Tasks, limit: int) -> int:

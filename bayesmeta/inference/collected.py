@@ -20,7 +20,7 @@ from torch import Tensor
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.derivatives import Prepared
-from bayesmeta.hierarchy.sufficient import condensed
+from bayesmeta.hierarchy.sufficient import condensed, widest
 from bayesmeta.inference.chunks import like_sizes
 
 PIECE_DRAWS = 16
@@ -100,29 +100,31 @@ class Collected:
         self._prior = self._joint(tasks[groups[0][0][:1]])
 
     def _groups(self, tasks: Tasks, points: int) -> list[list[np.ndarray]]:
-        """Positions of tasks by block and piece: all tasks are one piece where rows cost next to nothing."""
+        """Positions of tasks by block and piece: all tasks are one piece where further rows cost nothing."""
         sizes, exact = np.asarray(tasks.sizes), self.density.structure.exact_size
         groups = _groups(sizes, points, exact=exact)
         together = len(sizes) * int(sizes.max(initial=1)) * points <= BLOCK_ELEMENTS
         if exact or not together or len(groups[0]) == 1:
             return groups
-        _, small = self._graph(tasks, groups[0][0])
-        return [[np.arange(len(sizes))]] if small else groups
+        longest = max(groups[0], key=lambda index: int(sizes[index].max()))
+        graph, varying = self._graph(tasks, longest)
+        cheap = varying and widest(graph, varying, len(longest)) < sizes.max()
+        return [[np.arange(len(sizes))]] if cheap else groups
 
     def _piece(self, tasks: Tasks, index: np.ndarray) -> Piece:
         graph, _ = self._graph(tasks, index)
         return Piece(index, graph, tuple(self.density.tensors(tasks.batch(index)).values()))
 
-    def _graph(self, tasks: Tasks, index: np.ndarray) -> tuple[Callable[..., Any], bool]:
-        """The graph of some tasks, and whether its sums over rows have been condensed."""
+    def _graph(self, tasks: Tasks, index: np.ndarray) -> tuple[Any, list[int]]:
+        """The graph of some tasks, and which inputs of it change; none where it could not be recorded."""
         data = self.density.tensors(tasks.batch(index))
         noise = self._theta.new_zeros(len(index), self.density.structure.task_size)
         graph = self.density.log_task.graph(self._theta, noise, data, self.values)
         if not isinstance(graph, torch.fx.GraphModule):
-            return graph, False
+            return graph, []
         count = len(data) + 2
-        smaller = condensed(graph, [0, 1, *range(count, count + len(self.values))])
-        return smaller, smaller is not graph
+        varying = [0, 1, *range(count, count + len(self.values))]
+        return condensed(graph, varying), varying
 
     def _joint(self, task: Tasks) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
         data = self.density.tensors(task.batch([0]))

@@ -141,7 +141,9 @@ def kind_of(dim: int, *, gaussian: bool) -> str:
 
 def points_of(dim: int, kind: str = "quadrature") -> int:
     """At how many points the density of a task with `dim` parameters is evaluated at once."""
-    return NODES[dim] ** dim if kind == "quadrature" and dim in NODES else dim + 1
+    if kind == "quadrature" and dim in NODES:
+        return NODES[dim] ** dim
+    return 2 * dim if kind == "closed form" else dim + 1
 
 
 def _lost(before: Tensor, now: Tensor) -> bool:

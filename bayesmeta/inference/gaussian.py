@@ -51,22 +51,25 @@ class Pushed(ABC):
     def sample(self, *, heavy: bool = False) -> Tensor:
         """One reparametrised draw each, `(S, T, d)`; `heavy`: of the t(5) with the same location and scale."""
         white = torch.randn_like(self.example)
-        if heavy:
-            white = white * heavy_scale(tuple(white.shape[:-1]), white).unsqueeze(-1)
-        return self.push(white)
+        return self.push(self.heavier(white) if heavy else white)
 
     def mixed(self, heavy: Tensor) -> Tensor:
         """One draw each; `heavy` `(S, T)` says which are t(5)."""
         white = torch.randn_like(self.example)
         place = heavy.nonzero(as_tuple=True)
-        white[place] *= heavy_scale((len(place[0]), 1), white)
+        white[place] = self.heavier(white[place])
         return self.push(white)
+
+    def heavier(self, white: Tensor) -> Tensor:
+        """Standard normal noise `(…, d)` as t(5) noise."""
+        return white * heavy_scale((*white.shape[:-1], 1), white)
 
     def log_prob(self, noise: Tensor, *, heavy: bool = False) -> Tensor:
         """Log density `(S, T)` of `(S, T, d)`."""
+        if heavy:
+            return self.log_probs(noise)[1]
         quadratic, log_det = self.pull(noise)
-        density = student_t_log_prob if heavy else normal_log_prob
-        return density(quadratic, log_det, noise.shape[-1])
+        return normal_log_prob(quadratic, log_det, noise.shape[-1])
 
     def log_probs(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Normal and t(5) log densities `(S, T)` at once."""
@@ -244,8 +247,49 @@ class NaturalTasks(Pushed):
         bent = self.half + self.bend.solve_transposed(white.movedim(-1, 0))
         return (self.lower.solve_transposed(bent) + self.shift).movedim(0, -1).contiguous()
 
-    def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """|Bᵀ (Lᵀ (z − s) − h)|² and log |L| + log |B|."""
+    def whiten(self, noise: Tensor) -> Tensor:
+        """Bᵀ (Lᵀ (z − s) − h) `(d, S, T)`, the inverse of `push`."""
         centred = noise.movedim(-1, 0) - self.shift
-        white = self.bend.transposed_times(self.lower.transposed_times(centred) - self.half)
-        return white.square().sum(0), self.lower.log_det() + self.bend.log_det()
+        return self.bend.transposed_times(self.lower.transposed_times(centred) - self.half)
+
+    def log_det(self) -> Tensor:
+        """Log |L| + log |B|, `(S, T)`."""
+        return self.lower.log_det() + self.bend.log_det()
+
+    def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The squares of `whiten` summed, and `log_det`."""
+        return self.whiten(noise).square().sum(0), self.log_det()
+
+
+@dataclass
+class SkewedTasks(Pushed):
+    """Gaussians of S × T task posteriors whose standard noise is skewed, coordinate by coordinate: sinh(arsinh ε + s).
+
+    The tails stay normal, e^s times as wide on one side and e^-s times on the other.
+
+    Attributes:
+        base: The Gaussians.
+        skew: s `(d, S, T)`, 0 for none.
+
+    References:
+        Jones, Pewsey: Sinh-arcsinh Distributions, 2009, https://doi.org/10.1093/biomet/asp053
+    """
+
+    base: NaturalTasks
+    skew: Tensor
+
+    @property
+    def example(self) -> Tensor:
+        """Of a draw's shape."""
+        return self.base.example
+
+    def push(self, white: Tensor) -> Tensor:
+        """The Gaussian's draw of the skewed noise."""
+        return self.base.push(torch.sinh(torch.asinh(white.movedim(-1, 0)) + self.skew).movedim(0, -1))
+
+    def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The squares of the standard noise summed, and the log determinant."""
+        skewed = self.base.whiten(noise)
+        white = torch.sinh(torch.asinh(skewed) - self.skew)
+        slope = 0.5 * (white.square().log1p() - skewed.square().log1p())
+        return white.square().sum(0), self.base.log_det() + slope.sum(0)

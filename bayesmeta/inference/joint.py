@@ -73,16 +73,20 @@ class Joint:
             return float(value), gradient.numpy()
         return self._in_blocks(at)
 
-    def conditional_modes(self, position: np.ndarray) -> np.ndarray:
-        """Modes of the tasks' noise given θ at a position `(d_theta,)`, `(T d,)`; NaN where there is none."""
+    def conditional_modes(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Modes of the tasks' noise given θ at a position `(d_theta,)`, and factors of their precisions.
+
+        Returns:
+            `(T, d)`, NaN where there is no mode, and `(T, d, d)`.
+        """
         theta = self._origin + self._scale * torch.as_tensor(position)
         values = list(self._collected.values.values())
         found = []
         for block in self._collected.blocks:
             start = theta.new_zeros(block.count, self._dim)
-            for modes in block.by_piece(piece_modes, theta, start, [*block.leaves, *values]):
-                found.append(torch.where(modes.converged.unsqueeze(-1), modes.loc, math.nan)[0])
-        return torch.cat(found).flatten().numpy()
+            found += block.by_piece(piece_modes, theta, start, [*block.leaves, *values])
+        loc = torch.cat([torch.where(modes.converged.unsqueeze(-1), modes.loc, math.nan)[0] for modes in found])
+        return loc.numpy(), torch.cat([modes.factor[0] for modes in found]).numpy()
 
     def _in_blocks(self, at: Tensor) -> tuple[float, np.ndarray]:
         widths = [block.count * self._dim for block in self._collected.blocks]

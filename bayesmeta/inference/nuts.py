@@ -83,13 +83,14 @@ class NUTS:
         if not joint.shared_size or first < LEAST_PILOT:
             lengths = Lengths(self.chains, self.warmup, self.draws)
             return sample(lambda: joint, joint.start, lengths, dim=joint.size, progress=progress, view=joint.view)
-        lengths = Lengths(self.chains, first - first // 4, first // 4)
-        pilot, _ = positions_of(lambda: joint, joint.start, lengths, dim=joint.size)
+        pilot, _ = positions_of(
+            lambda: joint, joint.start, Lengths(self.chains, first - first // 4, first // 4), dim=joint.size
+        )
         sheared = Sheared(joint, pilot)
-        starts = itertools.cycle(sheared.inverse(pilot[:, -1]))
-        lengths = Lengths(self.chains, self.warmup - first, self.draws)
+        density, ends = (sheared, sheared.inverse(pilot[:, -1])) if sheared.fits else (joint, pilot[:, -1])
+        lengths, starts = Lengths(self.chains, self.warmup - first, self.draws), itertools.cycle(ends)
         return sample(
-            lambda: sheared, lambda: next(starts), lengths, dim=joint.size, progress=progress, view=sheared.view
+            lambda: density, lambda: next(starts), lengths, dim=joint.size, progress=progress, view=density.view
         )
 
 

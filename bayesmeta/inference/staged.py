@@ -2,7 +2,8 @@
 
 q(φ | D, θ) = Π_k q(φ_k | φ_1 … φ_{k-1}, D, θ). Every factor is Gaussian as in `guides.py`, with natural parameters that
 rows add up to; earlier sites enter as θ does, after pooling. Groups within a task given its scales, or a mean given its
-noise, are then Gaussian as they should be, where one Gaussian of all sites has to bend around a funnel.
+noise, are then Gaussian as they should be, where one Gaussian of all sites has to bend around a funnel. The first
+factor, mostly of scales, may be skewed.
 """
 
 from __future__ import annotations
@@ -21,16 +22,27 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.networks import MLP, RowInputs
-from bayesmeta.inference.gaussian import COLUMNWISE, Lower, NaturalTasks, Pushed
+from bayesmeta.inference.gaussian import (
+    COLUMNWISE,
+    Lower,
+    NaturalTasks,
+    Pushed,
+    SkewedTasks,
+    heavy_scale,
+    normal_log_prob,
+    student_t_log_prob,
+)
 from bayesmeta.inference.loadings import ThetaStandardiser
 from bayesmeta.inference.protocols import Context, TaskGuide
 
-RIDGE = 1e-6
+RIDGE = 1e-9
 """Added to second moments of standardised rows, and so much of them: a smaller share is not told from nothing."""
 ROUNDING = 1e-6
 """Of a precision in float32, relative to its trace: so much more on the diagonal keeps it positive definite."""
 MAX_BEND, MAX_SCALE = 8.0, 8.0
 """Bounds on the logs of what bends a precision, and of what scales the rows' terms."""
+MAX_SKEW = 1.0
+"""Bound on the log of how much wider the tails of a skewed posterior are on one side, and narrower on the other."""
 NOISE_BOUND = 5.0
 """Noise of earlier sites is bent towards ± this, as θ is."""
 
@@ -46,11 +58,23 @@ class Stage(nn.Module):
         gates: Further rank-one terms of the precision.
         summary: Width of a task's summary.
         hidden: Width of the networks.
+        skewed: Whether its posteriors may be skewed.
     """
 
-    def __init__(self, *, dim: int, known: int, sums: int, moments: int, gates: int, summary: int, hidden: int) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        known: int,
+        sums: int,
+        moments: int,
+        gates: int,
+        summary: int,
+        hidden: int,
+        skewed: bool,
+    ) -> None:
         super().__init__()
-        self._dim, self._widths = dim, [moments, gates]
+        self._dim, self._widths, self._skewed = dim, [moments, gates], skewed
         self.trunk = MLP([known, hidden, hidden, hidden]) if known else None
         first = 1 / math.sqrt(hidden)
         self.weights = nn.Parameter(0.1 * first / math.sqrt(sums) * torch.randn(hidden + 1, dim, sums))
@@ -58,13 +82,14 @@ class Stage(nn.Module):
         self.scales = nn.Linear(hidden, 2 * dim)
         self.task = nn.Linear(summary, hidden)
         self.known = nn.Linear(hidden, hidden, bias=False)
-        self.rest = MLP([hidden, hidden, dim + dim * (dim + 1) // 2], zero=True)
+        self._rest = [dim, dim * (dim + 1) // 2, dim * skewed]
+        self.rest = MLP([hidden, hidden, sum(self._rest)], zero=True)
         nn.init.zeros_(self.scales.weight)
         nn.init.zeros_(self.scales.bias)
         self._hidden = hidden
 
-    def forward(self, known: Tensor, summary: Mapping[str, Tensor], dtype: torch.dtype) -> NaturalTasks:
-        """`known (S, T or 1, k)` float32 -> Gaussians of S × T tasks."""
+    def forward(self, known: Tensor, summary: Mapping[str, Tensor], dtype: torch.dtype) -> NaturalTasks | SkewedTasks:
+        """`known (S, T or 1, k)` float32 -> Gaussians, bent where posteriors may be skewed, of S × T tasks."""
         count = summary["count"]
         shape = (len(known), len(count))
         hidden = known.new_zeros(*shape, self._hidden)
@@ -78,8 +103,9 @@ class Stage(nn.Module):
         half = lower.solve((eta * loud * far).to(dtype))
         mixed = nn.functional.silu(self.task(summary["task"]) + self.known(hidden))
         rest = self.rest(mixed) * (count / (count + 1)).unsqueeze(-1)
-        shift, bend = rest.to(dtype).movedim(-1, 0).split([self._dim, rest.shape[-1] - self._dim])
-        return NaturalTasks(half, shift, lower, Lower.identity_at_zero(bend, bound=MAX_BEND))
+        shift, bend, skew = rest.to(dtype).movedim(-1, 0).split(self._rest)
+        gaussian = NaturalTasks(half, shift, lower, Lower.identity_at_zero(bend, bound=MAX_BEND))
+        return SkewedTasks(gaussian, MAX_SKEW * torch.tanh(skew / MAX_SKEW)) if self._skewed else gaussian
 
     def _precision(self, features: Tensor, loud: Tensor, summary: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """I + Σ_j of the rows' terms, `(d, d, S, T)`."""
@@ -132,12 +158,25 @@ class StagedTasks(Pushed):
 
     def pull(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the stages."""
-        parts = noise[..., self.guide.order].split(self.guide.sizes, -1)
-        pulled = [self._stage(stage, parts[:stage]).pull(part) for stage, part in enumerate(parts)]
-        squares, log_dets = zip(*pulled, strict=True)
+        squares, log_dets = zip(*self._pulled(noise), strict=True)
         return functools.reduce(operator.add, squares), functools.reduce(operator.add, log_dets)
 
-    def _stage(self, stage: int, before: Sequence[Tensor]) -> NaturalTasks:
+    def heavier(self, white: Tensor) -> Tensor:
+        """Each stage's noise is t(5) by itself: a scale far out goes with groups that are not."""
+        parts = white.split(self.guide.sizes, -1)
+        return torch.cat([part * heavy_scale((*part.shape[:-1], 1), part) for part in parts], -1)
+
+    def log_probs(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Normal and t(5) log densities `(S, T)` at once, the latter stage by stage."""
+        found = [(*pulled, size) for pulled, size in zip(self._pulled(noise), self.guide.sizes, strict=True)]
+        light, heavy = ([density(*one) for one in found] for density in (normal_log_prob, student_t_log_prob))
+        return functools.reduce(operator.add, light), functools.reduce(operator.add, heavy)
+
+    def _pulled(self, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
+        parts = noise[..., self.guide.order].split(self.guide.sizes, -1)
+        return [self._stage(stage, parts[:stage]).pull(part) for stage, part in enumerate(parts)]
+
+    def _stage(self, stage: int, before: Sequence[Tensor]) -> Pushed:
         known = self.theta.unsqueeze(1)
         if not before and not known.shape[-1]:
             known = known[:1]  # the same for every draw
@@ -191,11 +230,13 @@ class StagedGuide(TaskGuide):
         self.theta = ThetaStandardiser(theta_dim)
         pairs = self._labels * width
         sums = self._features + width + pairs
-        summary = self._features + self._gates + self._labels * width + 1 + self.inputs.task_width
+        left = width - self._labels + 1
+        summary = self._features + self._gates + self._labels * (width + left) + 1 + self.inputs.task_width
+        widths = {"sums": sums, "moments": width, "gates": self._gates, "summary": summary, "hidden": self._hidden}
         known = [theta_dim + sum(self.sizes[:k]) for k in range(len(self.sizes))]
         self.stages = nn.ModuleList(
-            Stage(dim=d, known=k, sums=sums, moments=width, gates=self._gates, summary=summary, hidden=self._hidden)
-            for d, k in zip(self.sizes, known, strict=True)
+            Stage(dim=d, known=k, skewed=not place, **widths)
+            for place, (d, k) in enumerate(zip(self.sizes, known, strict=True))
         )
 
     def follow(self, loc: Tensor, scale: Tensor) -> None:
@@ -229,10 +270,14 @@ class StagedGuide(TaskGuide):
 
 
 def _regression(root: Tensor, labels: int) -> Tensor:
-    """Coefficients of the labels on all before them, in units of its spread, and logs of what is left of them."""
+    """Coefficients of the labels on all before them, in units of its spread, and logs of what is left of the labels.
+
+    What is left after each column, not after all of them only: where groups hardly differ, how much they do is a
+    difference of these logs and nothing that a network could read off the coefficients.
+    """
     rows = root[:, -labels:]
-    place = torch.arange(root.shape[-1] - labels, root.shape[-1])
-    left = rows.diagonal(offset=root.shape[-1] - labels, dim1=-2, dim2=-1).log()
-    known = rows.clone()
-    known[:, torch.arange(labels), place] = left
-    return known.flatten(1)
+    count = root.shape[-1] - labels
+    coefficients = rows.clone()
+    coefficients[:, torch.arange(labels), torch.arange(count, count + labels)] = 0.0
+    left = rows.square().flip(-1).cumsum(-1).flip(-1).log() / 2
+    return torch.cat([coefficients.flatten(1), left[..., : count + 1].flatten(1)], -1)

@@ -53,6 +53,33 @@ def test_rounding_and_what_is_not_finite_are_no_mistakes(monkeypatch: pytest.Mon
     assert "compiled" in compile_graph(traced(wavy, [below]), [below]).__qualname__
 
 
+@pytest.mark.parametrize(
+    ("graph", "leaf"),
+    [
+        (lambda x: torch.linalg.cholesky(x), torch.full((2, 2), 0.99, dtype=torch.float64) + 0.01 * torch.eye(2)),
+        (lambda x: x.exp().sum(1), X[:3, None].expand(3, 4)),
+        (lambda x: x > 1.0, X),
+    ],
+)
+def test_what_cannot_be_moved_or_has_no_digits_is_compiled_too(graph: Any, leaf: Tensor) -> None:
+    found = compile_graph(traced(lambda x: (graph(x),), [leaf]), [leaf])
+    assert "aot" in found.__qualname__
+    torch.testing.assert_close(found(leaf)[0], graph(leaf))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [([1e9, 1.0], [1e9, 1.5]), ([1e-10], [0.0]), ([-math.inf], [5.0]), ([math.nan], [5.0]), ([math.inf], [-math.inf])],
+)
+def test_one_large_number_hides_no_other(
+    right: list[float], wrong: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = (torch.tensor(numbers, dtype=torch.float64) for numbers in (right, wrong))
+    graph = traced(lambda at: (at * 1.0, at.sum()), [x])
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples: lambda at: (y, graph(at)[1]))
+    torch.testing.assert_close(compile_graph(graph, [x])(x)[0], x, equal_nan=True)
+
+
 def test_compiling_leaves_random_numbers_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()

@@ -66,6 +66,12 @@ def test_rates_and_scales_leave_the_sum(mask: Tensor) -> None:
         lambda y, rate, mask: torch.where(mask, -(y**2) / 0.3 - 2.0, ZERO).sum(1),
         lambda y, rate, mask: torch.where(mask, -(y.exp() / rate + rate), ZERO).sum(1),
         lambda y, rate, mask: (rate / y.exp() - rate).sum(1),
+        lambda y, rate, mask: rate[0].expand(3, 4).sum(1),
+        lambda y, rate, mask: rate[0, 0].expand(2, 3, 4).square().sum(-1).sqrt() + y.sum(),
+        lambda y, rate, mask: rate.expand(2, 3, 4).sum(-1, keepdim=True),
+        lambda y, rate, mask: (y * rate).sum(dim=None),
+        lambda y, rate, mask: (y * rate).sum(dim=()),
+        lambda y, rate, mask: (y.exp() + (rate * 0 + 16777217.0).long()).sum(1),
         lambda y, rate, mask: (rate.expand(3, 4) * 3.0).sum(1),
     ],
 )
@@ -91,3 +97,13 @@ def test_counts_of_rows_keep_the_precision_of_what_they_multiply() -> None:
 def test_other_sums_stay_as_they_are(function: Function) -> None:
     graph = check(function)
     assert len(on_rows(graph)) >= len([name for name in on_rows(make_fx(function)(ROWS, RATE, MASK))])
+
+
+def test_single_precision_has_no_digits_for_sums_that_cancel() -> None:
+    y, rate = torch.full((3, 50), 1000.0), torch.full((3, 1), 1000.0)
+
+    def terms(y: Tensor, rate: Tensor) -> Tensor:
+        wide = rate.expand(3, 50)
+        return (y.xlogy(wide) - wide - torch.lgamma(y + 1)).sum(-1)
+
+    torch.testing.assert_close(simplify(make_fx(terms)(y, rate))(y, rate), terms(y, rate), rtol=0, atol=0)

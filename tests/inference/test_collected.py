@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conjugate import ROWS, centre, drawn_rows, exact, make_tasks
@@ -12,6 +14,7 @@ from scenarios import make_net, network
 from scenarios import make_tasks as scenario_tasks
 from torch import Tensor
 
+import bayesmeta as bm
 from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import collected
@@ -51,6 +54,21 @@ def test_rows_of_least_squares_are_condensed_alike_in_all_blocks(monkeypatch: py
     graphs = {(id(piece.graph), piece.leaves[1].shape) for block in many.blocks for piece in block.pieces}
     assert len(graphs) == len({shape for _, shape in graphs})
     assert any("linalg_qr" in str(node.target) for node in few.blocks[0].pieces[0].graph.graph.nodes)  # type: ignore[attr-defined]
+
+
+def test_tasks_stay_in_pieces_where_another_term_sees_every_row() -> None:
+    def both(batch: bm.Batch) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with batch.tasks():
+            a = pyro.sample("a", dist.Normal(mu, 1.0))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(a, 0.5), obs=batch.y)
+                pyro.sample("n", dist.Poisson((a + batch["x"]).exp()), obs=batch["n"])
+
+    sizes = [5] * 40 + [2000]
+    columns = {"x": [np.linspace(0, 1, n) for n in sizes], "n": [np.ones(n) for n in sizes]}
+    tasks = bm.Tasks.from_arrays(None, [np.zeros(n) for n in sizes], columns=columns)
+    assert [len(piece.index) for piece in Collected(TaskDensity(both, tasks), tasks).blocks[0].pieces] == [40, 1]
 
 
 def summed(block: Block, theta: Tensor, noise: Tensor, *leaves: Tensor) -> tuple[Tensor]:

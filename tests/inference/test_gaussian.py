@@ -11,6 +11,7 @@ from bayesmeta.inference.gaussian import (
     GaussianTasks,
     Lower,
     NaturalTasks,
+    SkewedTasks,
     cholesky,
     heavy_scale,
     solve_lower,
@@ -117,3 +118,22 @@ def test_gradients_pass_through_factor_draw_and_density(dim: int) -> None:
         torch.randn(1, 2, dim, dtype=torch.float64),
     )
     assert torch.autograd.gradcheck(both, [a.requires_grad_() for a in arguments])
+
+
+def test_skewed_noise_is_invertible_and_normalised_and_nothing_without_skewness() -> None:
+    torch.manual_seed(0)
+    lower = Lower([torch.rand(2, 3, 4, dtype=torch.float64) + 0.5, torch.rand(1, 3, 4, dtype=torch.float64) + 0.5])
+    half, shift, skew = torch.randn(3, 2, 3, 4, dtype=torch.float64)
+    base = NaturalTasks(half, shift, lower, Lower.identity_at_zero(0.1 * half.new_ones(3, 3, 4), bound=8.0))
+    skewed = SkewedTasks(base, 0.5 * skew)
+    white = torch.randn(3, 4, 2, dtype=torch.float64)
+    noise = skewed.push(white)
+    squares, log_det = skewed.pull(noise)
+    torch.testing.assert_close(squares, white.square().sum(-1))
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda w: skewed.push(w.expand(3, 4, 2))))(white.reshape(12, 2))
+    own = torch.stack([jacobian[k, k // 4, k % 4] for k in range(12)]).reshape(3, 4, 2, 2)
+    torch.testing.assert_close(log_det, -torch.linalg.slogdet(own).logabsdet)
+    plain = SkewedTasks(base, torch.zeros_like(skew))
+    torch.testing.assert_close(plain.push(white), base.push(white), rtol=1e-12, atol=1e-12)
+    for one, other in zip(plain.pull(noise), base.pull(noise), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -52,7 +52,9 @@ def test_modes_given_theta_are_the_tasks_own_in_the_order_of_positions(
     rows = drawn_rows(12, seed=0, sizes=(1, 7, 12))
     tasks = make_tasks(rows)
     joint = Joint(TaskDensity(centre, tasks), tasks)
-    found = np.concatenate([np.array([0.3]), joint.conditional_modes(np.array([0.3]))])
+    loc, factor = joint.conditional_modes(np.array([0.3]))
+    found = np.concatenate([np.array([0.3]), loc[:, 0]])
     mu, *noise = joint.view(found[None, None])[0, 0]
-    mean, _ = conditional(rows, mu)
+    mean, sd = conditional(rows, mu)
     np.testing.assert_allclose(mu + TAU * np.array(noise), mean, rtol=1e-7)
+    np.testing.assert_allclose(TAU / factor[joint._collected.order.numpy(), 0, 0], sd, rtol=1e-7)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conjugate import centre, drawn_rows, exact, make_tasks
 
+import bayesmeta as bm
 from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.joint import Joint
@@ -15,6 +18,15 @@ from bayesmeta.inference.shear import Sheared
 
 ROWS = drawn_rows(30, seed=0, sizes=(2, 20, 60))
 RNG = np.random.default_rng(0)
+
+
+def counts(batch: bm.Batch) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with batch.tasks():
+        a = pyro.sample("a", dist.Normal(mu, tau))
+        with batch.observations():
+            pyro.sample("y", dist.Poisson(a.exp()), obs=batch.y)
 
 
 @pytest.fixture
@@ -52,10 +64,10 @@ def test_a_task_without_a_mode_and_a_theta_that_does_not_move_stay(
 ) -> None:
     found = joint.conditional_modes
 
-    def without_first(position: np.ndarray) -> np.ndarray:
-        modes = found(position)
+    def without_first(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        modes, factor = found(position)
         modes[0] = np.nan
-        return modes
+        return modes, factor
 
     monkeypatch.setattr(joint, "conditional_modes", without_first)
     position = RNG.normal(size=joint.size)
@@ -75,3 +87,16 @@ def test_chains_in_these_coordinates_have_the_exact_moments_and_mix_better(joint
     mu = found.draws[..., 0]
     assert abs(mu.mean() - mean[-1]) < 4 * np.sqrt(covariance[-1, -1] / found.ess[0])
     assert found.ess[0] > 5 * plain.ess[0]
+    assert sheared.fits
+
+
+def test_very_different_tasks_around_a_learned_scale_are_sampled_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their modes follow θ along curves: sheared chains diverged in up to 29 % of their steps, R-hat 1.9."""
+    rows = [(0.0, 30), (0.0, 5), (50.0, 100), (3.0, 2), (0.1, 1), (20.0, 10)]
+    rng = np.random.default_rng(0)
+    tasks = bm.Tasks.from_arrays(None, [rng.poisson(rate, n).astype(float) for rate, n in rows])
+    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
+    joint = Joint(TaskDensity(counts, tasks), tasks)
+    spread = RNG.normal(size=(2, 50, joint.size)) * 0.3
+    assert not Sheared(joint, spread).fits
+    assert Sheared(joint, 0.001 * spread).fits
