@@ -78,6 +78,13 @@ def repeated(argument: Any, shape: torch.Size, dims: Sequence[int]) -> Any:
     return source if all(d < missing or own.shape[d - missing] == 1 for d in dims) else None
 
 
+def unmasked(node: Any) -> tuple[Any, Any, Any]:
+    """Of what is 0 where a mask says so, and what nothing else uses: the mask, the numbers and the 0; else the node."""
+    masked = isinstance(node, fx.Node) and name_of(node) == "where" and len(node.users) == 1 and len(node.args) == 3
+    zero = node.args[2] if masked else None
+    return node.args if isinstance(zero, fx.Node) and number_of(zero) == 0.0 else (None, node, None)
+
+
 def name_of(node: fx.Node) -> str:
     """The name of an operation, whether PyTorch's own or a Python binding of it."""
     target: Any = node.target

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bayesmeta.hierarchy.rewriting import add_call, alike, example, number_of, repeated, shape_of
+from bayesmeta.hierarchy.rewriting import add_call, alike, example, repeated, shape_of, unmasked
 
 aten = torch.ops.aten
 _TERMS = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default}
@@ -25,29 +25,29 @@ _A_SUM = 2
 
 def factored(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """A sum over rows, masked or not, as sums of what differs between rows, where that is no more work."""
-    source, value = node.args[0] if node.args else None, example(node)
-    if node.target is not aten.sum.dim_IntList or node.kwargs or not node.args[1]:
+    found = _rows_of(graph, node)
+    if found is None or not found[0].shares(found[1]):
         return None
-    if value is None or value.dtype != torch.float64:  # sums apart from each other cancel: float32 has no digits for it
-        return None
-    mask, source, zero = _unmasked(graph, source)
-    if not alike(example(source), example(node.args[0])):
-        return None
-    shape = shape_of(source)
-    dims: Any = node.args[1]
-    rows = _Rows(graph, shape, value.dtype, tuple(sorted(d % len(shape) for d in dims)), mask, zero)
-    if not rows.shares(source):
-        return None
-    kept = [1 if d in rows.dims else size for d, size in enumerate(shape)]
+    rows, source = found
+    kept = [1 if d in rows.dims else size for d, size in enumerate(rows.shape)]
     total = add_call(graph, aten.expand.default, (rows.total(source), kept))
     return total if len(node.args) > 2 else add_call(graph, aten.squeeze.dims, (total, list(rows.dims)))
 
 
-def _unmasked(graph: fx.Graph, node: Any) -> tuple[Any, Any, Any]:
-    """What says which numbers count, these, and the 0 that others are replaced by."""
-    if node.target is aten.where.self and len(node.users) == 1 and number_of(node.args[2]) == 0:
-        return node.args  # type: ignore[no-any-return]
-    return None, node, None
+def _rows_of(graph: fx.Graph, node: fx.Node) -> tuple[_Rows, fx.Node] | None:
+    """What a node sums, and over which rows.
+
+    In float64 only: sums that are taken apart from each other cancel, which leaves float32 too few digits.
+    """
+    if node.target is not aten.sum.dim_IntList or node.kwargs or not node.args[1]:
+        return None
+    value = example(node)
+    mask, source, zero = unmasked(node.args[0])
+    if value is None or value.dtype != torch.float64 or not alike(example(source), example(node.args[0])):
+        return None
+    shape = shape_of(source)
+    dims: Any = node.args[1]
+    return _Rows(graph, shape, value.dtype, tuple(sorted(d % len(shape) for d in dims)), mask, zero), source
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from bayesmeta.hierarchy.rewriting import (
     depending_on,
     example,
     name_of,
-    number_of,
     repeated,
     rewrite,
     shape_of,
+    unmasked,
 )
 
 MOST_TERMS = 16
@@ -98,16 +98,12 @@ class _Squares:
 
     def _squared(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         """The mask, and the residual whose squares a node sums over the last dimension; no residual if it does not."""
-        source: Any = _summed_over_last(node)
-        mask = None
-        if source is not None and name_of(source) == "where":
-            mask, source, other = source.args
-            if number_of(other) != 0.0 or mask not in self._fixed:
-                return None, None
-        if source is None or name_of(source) != "pow" or source.args[1] != 2:
+        summed = _summed_over_last(node)
+        mask, source, _ = unmasked(summed)
+        if summed is None or name_of(source) != "pow" or source.args[1] != 2 or not {mask} <= self._fixed | {None}:
             return None, None
         residual: Any = source.args[0]
-        return (None, None) if residual in self._fixed or shape_of(residual) != shape_of(source) else (mask, residual)
+        return (None, None) if residual in self._fixed or shape_of(residual) != shape_of(summed) else (mask, residual)
 
     def _terms(self, node: Any, shape: torch.Size) -> Terms | None:
         """A linear function of data columns; None if it is not one."""
@@ -116,14 +112,16 @@ class _Squares:
         small = repeated(node, shape, [len(shape) - 1])
         if small is not None:
             return {(None, None): [(1.0, (small, None))]}
-        if not isinstance(node, fx.Node) or node.kwargs:
-            return None
-        if name_of(node) in ("add", "sub"):
+        return self._combined(node, shape) if isinstance(node, fx.Node) and not node.kwargs else None
+
+    def _combined(self, node: fx.Node, shape: torch.Size) -> Terms | None:
+        name = name_of(node)
+        if name in ("add", "sub"):
             first, second = (self._terms(argument, shape) for argument in node.args)
-            return _merged(first, second, -1.0 if name_of(node) == "sub" else 1.0)
-        if name_of(node) == "neg":
+            return _merged(first, second, -1.0 if name == "sub" else 1.0)
+        if name == "neg":
             return _merged({}, self._terms(node.args[0], shape), -1.0)
-        return self._product(node, shape) if name_of(node) == "mul" else self._dot(node, shape)
+        return self._product(node, shape) if name == "mul" else self._dot(node, shape)
 
     def _product(self, node: fx.Node, shape: torch.Size) -> Terms | None:
         """A data column times what rows share."""
@@ -135,8 +133,8 @@ class _Squares:
 
     def _dot(self, node: fx.Node, shape: torch.Size) -> Terms | None:
         """Σ_k x_k φ_k of data `(…, N, d)` and what rows share."""
-        product: Any = _summed_over_last(node)
-        if product is None or name_of(product) != "mul" or len(node.args) > 2:
+        product: Any = _summed_over_last(node) if len(node.args) == 2 else None
+        if product is None or name_of(product) != "mul":
             return None
         wide = shape_of(product)
         for one, other in (product.args, product.args[::-1]):

@@ -76,12 +76,13 @@ def test_rates_and_scales_leave_the_sum(mask: Tensor) -> None:
     ],
 )
 def test_sums_keep_their_values_and_shapes(function: Function) -> None:
-    check(function)
+    assert check(function)(ROWS, RATE, MASK).shape == function(ROWS, RATE, MASK).shape
 
 
 def test_counts_of_rows_keep_the_precision_of_what_they_multiply() -> None:
     """A count as a whole number times a Python number would be a float32."""
-    check(lambda y, rate, mask: torch.where(mask, (y.exp() - 0.1) * rate, ZERO).sum(1))
+    graph = check(lambda y, rate, mask: torch.where(mask, (y.exp() - 0.1) * rate, ZERO).sum(1))
+    assert graph(ROWS, RATE, MASK).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
