@@ -98,7 +98,7 @@ def main() -> None:
     """Learns the guide and prints errors without and with the ladder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--simulations", type=int, default=20_000)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--family", choices=("normal", "flow"), default="normal")
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--draws", type=int, default=2000)
