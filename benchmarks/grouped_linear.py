@@ -88,7 +88,7 @@ def splits(tasks: Sequence[Task], sizes: Sequence[int], seed: int) -> Iterator[t
     rng = np.random.default_rng(seed)
     for task, size in zip(tasks, sizes, strict=True):
         order = rng.permutation(len(task.y))
-        yield task.rows(np.sort(order[:size])), task.rows(np.sort(order[size:]))
+        yield task.rows(order[:size]), task.rows(order[size:])
 
 
 def ridge(task: Task) -> tuple[np.ndarray, float]:

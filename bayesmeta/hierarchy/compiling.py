@@ -74,11 +74,11 @@ def _outputs(function: TensorFunction, points: Sequence[Sequence[Tensor]]) -> li
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
-    """Whether outputs are the same up to rounding, infinities included."""
+    """Whether outputs are the same up to rounding, infinities and what is not a number included."""
     if other.dtype not in ROUNDING:
         return torch.equal(one, other)
     finite = torch.isfinite(other)
-    if not torch.equal(torch.nan_to_num(one[~finite], nan=0.0), torch.nan_to_num(other[~finite], nan=0.0)):
+    if not torch.allclose(one[~finite], other[~finite], equal_nan=True):
         return False
     one, other = one[finite], other[finite]
     relative, least = ROUNDING[other.dtype]

@@ -130,7 +130,7 @@ def _sums_rows(node: fx.Node, batch: int) -> bool:
 def _adds_sums(node: fx.Node, rows: set[Any], moving: set[fx.Node], batch: torch.Size) -> bool:
     """Whether a node adds what there is one number of for each task, or scales it; it must not look at rows."""
     name = name_of(node)
-    additive = name in _ADDITIVE or (name in ("mul", "div") and _is_affine(node, moving))
+    additive = name in _ADDITIVE or (name in ("mul", "div", "where") and _is_affine(node, moving))
     return additive and rows.isdisjoint(_parents(node, moving)) and _rows(node, batch) <= 1
 
 

@@ -30,7 +30,7 @@ def factored(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return None
     rows, source = found
     kept = [1 if d in rows.dims else size for d, size in enumerate(rows.shape)]
-    total = add_call(graph, aten.expand.default, (rows.total(source), kept))
+    total = add_call(graph, aten.expand.default, (rows.present(rows.total(source)), kept))
     return total if len(node.args) > 2 else add_call(graph, aten.squeeze.dims, (total, list(rows.dims)))
 
 
@@ -98,9 +98,19 @@ class _Rows:
         if self.mask is None:
             count = float(math.prod(self.shape[d] for d in self.dims))
             return self._call(aten.mul.Tensor, small, count) if isinstance(small, fx.Node) else small * count
+        return self._call(aten.mul.Tensor, self._count(), small)
+
+    def _count(self) -> fx.Node:
+        """How many rows count, by the mask."""
         ones = add_call(self.graph, aten._to_copy.default, (self.mask,), {"dtype": self.dtype})
         whole = self._call(aten.expand.default, ones, list(self.shape))
-        return self._call(aten.mul.Tensor, self._call(aten.sum.dim_IntList, whole, list(self.dims), True), small)
+        return self._call(aten.sum.dim_IntList, whole, list(self.dims), True)
+
+    def present(self, total: fx.Node) -> fx.Node:
+        """A sum, 0 where no row counts even if what rows share is infinite."""
+        if self.mask is None:
+            return total
+        return self._call(aten.where.self, self._call(aten.gt.Scalar, self._count(), 0), total, self.zero)
 
     def _shared(self, argument: Any) -> Any:
         """What an argument repeats along the rows; None if it does not, or holds whole numbers."""

@@ -164,10 +164,13 @@ def fit_amortized(
 
 
 def _draws(density: TaskDensity, options: Amortized, tasks: int) -> int:
-    """How many θ a step draws; where nothing is shared, enough posteriors over all tasks of the batch."""
+    """How many θ a step draws; where nothing is shared, enough posteriors over all tasks of the batch.
+
+    Only the ELBO is a mean over them: in other objectives their number is part of the bound.
+    """
     if options.shared == "map":
         return 1
-    if density.structure.shared_size:
+    if density.structure.shared_size or options.objective != "elbo":
         return THETAS
     return min(THETAS, max(2, LEAST_POSTERIORS // min(tasks, options.optimizer.batch_tasks)))
 

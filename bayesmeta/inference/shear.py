@@ -53,7 +53,9 @@ class Sheared:
         some = self._theta[np.linspace(0, len(self._theta) - 1, TRIED).astype(int)]
         left = np.stack([self._modes(theta) - self._slope @ (theta - self._centre) for theta in some])
         _, factor = self._joint.conditional_modes(self._centre)
-        left = np.nan_to_num(left - left.mean(0)).reshape(TRIED, len(factor), -1)
+        there = np.isfinite(left)
+        mean = np.where(there, left, 0.0).sum(0) / np.maximum(there.sum(0), 1)
+        left = np.where(there, left - mean, 0.0).reshape(TRIED, len(factor), -1)
         bent = np.einsum("sti,tij->stj", left, factor)
         return bool(np.sqrt((bent**2).mean((0, 2))).max(initial=0.0) <= MOST_BENT)
 

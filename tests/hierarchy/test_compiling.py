@@ -69,7 +69,14 @@ def test_what_cannot_be_moved_or_has_no_digits_is_compiled_too(graph: Any, leaf:
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
-    [([1e9, 1.0], [1e9, 1.5]), ([1e-10], [0.0]), ([-math.inf], [5.0]), ([math.nan], [5.0]), ([math.inf], [-math.inf])],
+    [
+        ([1e9, 1.0], [1e9, 1.5]),
+        ([1e-10], [0.0]),
+        ([-math.inf], [5.0]),
+        ([math.nan], [5.0]),
+        ([math.nan], [0.0]),
+        ([math.inf], [-math.inf]),
+    ],
 )
 def test_one_large_number_hides_no_other(
     right: list[float], wrong: list[float], monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -108,3 +109,10 @@ def test_single_precision_has_no_digits_for_sums_that_cancel() -> None:
         return (y.xlogy(wide) - wide - torch.lgamma(y + 1)).sum(-1)
 
     torch.testing.assert_close(simplify(make_fx(terms)(y, rate))(y, rate), terms(y, rate), rtol=0, atol=0)
+
+
+def test_a_task_without_rows_has_no_terms_even_where_what_rows_share_is_infinite() -> None:
+    for rate in (RATE * math.inf, RATE * 0.0):
+        for function in (normal, poisson):
+            graph = simplify(make_fx(function)(ROWS, RATE, MASK))
+            assert float(graph(ROWS, rate, MASK)[2]) == 0.0

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conjugate import ROWS, SIGMA, TAU, ExactGuide, centre, close, density, exact, make_tasks
+from conjugate import ROWS, SIGMA, TAU, ExactGuide, centre, close, density, exact, known_mean, make_tasks
 from torch import nn
 
 from bayesmeta.data.batch import Batch
@@ -20,7 +20,7 @@ from bayesmeta.inference import amortized
 from bayesmeta.inference.amortized import Amortized, build_guides, fit_amortized
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.guides import NaturalGuide
-from bayesmeta.inference.objectives import Guides, elbo
+from bayesmeta.inference.objectives import OBJECTIVES, Guides, Step, elbo
 from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
 from bayesmeta.inference.training import History, Optimizer
 from bayesmeta.results.weighted import weighted_mean, weighted_sd
@@ -229,3 +229,23 @@ def test_theta_is_neither_drawn_away_nor_collapses_where_steps_see_some_of_the_t
     loc, scale = (part.numpy() for part in guides.shared.centre())
     assert np.sqrt((((loc - mean) / sd) ** 2).mean()) < 2
     assert (scale / sd > 0.6).all() and (scale / sd < 1.7).all()
+
+
+@pytest.mark.parametrize(("objective", "counts"), [("elbo", (8, 5, 2)), ("iw", (8, 8, 8)), ("predictive", (8, 8, 8))])
+def test_a_step_draws_fewer_posteriors_only_where_the_bound_is_their_mean(
+    objective: str, counts: tuple[int, ...]
+) -> None:
+    """With K = 2 inside a logarithm posteriors of "predictive" came out four times too narrow."""
+    found = []
+
+    def spy(density: TaskDensity, guides: Guides, step: Step) -> tuple[torch.Tensor, Any]:
+        found.append(step.draws)
+        return OBJECTIVES["elbo"](density, guides, step)
+
+    for tasks in (4, 100, 300):
+        alone = make_tasks({f"t{i}": [0.5] for i in range(tasks)})
+        options = Amortized(objective=objective, optimizer=Optimizer(steps=1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(amortized, "_objective", lambda options: spy)
+            fit_amortized(TaskDensity(known_mean, alone), alone, options, progress=False)
+    assert tuple(found) == counts

@@ -100,3 +100,12 @@ def test_very_different_tasks_around_a_learned_scale_are_sampled_as_they_are(mon
     spread = RNG.normal(size=(2, 50, joint.size)) * 0.3
     assert not Sheared(joint, spread).fits
     assert Sheared(joint, 0.001 * spread).fits
+    found, calls = joint.conditional_modes, []
+
+    def one_missing(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        modes, factor = found(position)
+        calls.append(position)
+        return (modes * np.nan if len(calls) == 12 else modes), factor
+
+    monkeypatch.setattr(joint, "conditional_modes", one_missing)
+    assert not Sheared(joint, spread).fits and len(calls) > 12
