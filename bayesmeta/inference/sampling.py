@@ -112,9 +112,8 @@ def positions_of(
         trace = nutpie.sample(model, draws=lengths.draws, tune=lengths.warmup, chains=lengths.chains, **options)
     except RuntimeError as error:
         cause = failures[0] if failures else error
-        raise ValueError(
-            f"sampling has failed: {cause}; check that the density is finite where the prior is"
-        ) from cause
+        said = str(cause).split("\n", maxsplit=1)[0]  # nutpie appends a backtrace of its own
+        raise ValueError(f"sampling has failed: {said}; check that the density is finite where the prior is") from cause
     if failures:
         raise failures[0]
     kept = {name: np.asarray(trace.sample_stats[key]) for key, name in STATS.items() if key in trace.sample_stats}

@@ -112,3 +112,11 @@ def test_a_climb_that_fails_ends_where_it_began() -> None:
 def test_progress_is_shown_only_on_request(capfd: pytest.CaptureFixture[str]) -> None:
     short(normal)
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_impossible_density_is_one_line_with_the_cure() -> None:
+    with pytest.raises(
+        ValueError, match=r"^sampling has failed: .*; check that the density is finite where the prior is$"
+    ) as error:
+        short(lambda position: (math.nan, np.zeros(1)))
+    assert "\n" not in str(error.value)
