@@ -16,9 +16,10 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.candidates import BY_DRAW, prior_draws
 from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.laplace import modes_of
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import Context
-from bayesmeta.inference.transitions import Chains, Target, settle, temper, tune
+from bayesmeta.inference.transitions import LARGEST_ERROR, Chains, Target, settle, standard_errors, temper, tune
 from bayesmeta.inference.weighing import TaskDraws, equal_draws
 
 TOGETHER = 16
@@ -26,9 +27,8 @@ TOGETHER = 16
 LARGEST = 2**26
 """Numbers that the copies of the data, one for each pair, may hold."""
 BY_PAIR = (0, 0, 0, None)
-LEAST_LEFT = 0.1
-"""Share of the prior's particles, and with them of the draws of θ, that must have descendants after tempering: of few
-chance weighs the modes."""
+SLACK = 1.0
+"""Nats that the highest mode may be above what particles of a Gaussian would reach."""
 UNSETTLED = "Markov chains have not settled"
 SEVERAL = "several modes: chains cannot tell their weights"
 
@@ -66,7 +66,7 @@ def move_new(
     """Particles (θ, φ) of every new task, θ from its draws `(S, d_theta)` with log weights `(S, T)` to begin with.
 
     Without shared parameters known tasks are no different (`joint`: their draws hang together, which is nothing then).
-    The relative ESS is the share of the particles of the prior that have descendants.
+    Particles that descend from the same one of the prior may still be alike; the relative ESS counts them so.
     """
     parts: Parts = []
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
@@ -77,13 +77,16 @@ def move_new(
         noise = prior_draws(density, guides, Context(chunk.batch, population.data), theta)
         weight = log_weight[:, filled].log_softmax(0)
         chains, pairs, evidence = temper(population.log_likelihood, population.target, noise, weight, generator)
-        settled = settle(population.target(pairs, torch.ones_like(evidence)), chains)
+        settled = settle(population.target(pairs, torch.ones_like(evidence)), chains, pairs)
+        both = standard_errors(torch.cat([chains.noise, theta[pairs]], -1), pairs).amax(-1)
+        reached = _reached(population, pairs, chains.noise, tasks[chunk.index])
         for place, task in enumerate(chunk.index):
             one = theta[pairs[:, place]]
-            left = len(pairs[:, place].unique()) / len(theta)
-            flag = "" if settled[place] and bool(evidence[place].isfinite()) and left >= LEAST_LEFT else UNSETTLED
+            known = bool(evidence[place].isfinite()) and float(both[:, place].max()) <= LARGEST_ERROR
+            good = settled[place] and known and reached[place]
+            flag = "" if good else UNSETTLED
             drawn = equal_draws(one, chains.noise[:, place : place + 1], "nuts", math.nan, flag, joint)
-            drawn.ess = np.array([left])
+            drawn.ess = np.array([1 / max(1.0, len(theta) * float(both[0, place]) ** 2)])
             parts.append((np.array([task]), drawn))
     return parts
 
@@ -94,11 +97,28 @@ def _elements(tasks: Tasks) -> int:
     return sum(value.numel() for value in largest.tensors.values())
 
 
+def _reached(population: _Population, pairs: Tensor, noise: Tensor, tasks: Tasks) -> np.ndarray:
+    """Whether particles `(S, T, d)` have been about as high as the highest mode of each task, where θ is not in the way.
+
+    A narrow neck may hold much of a posterior and no particle. Of S draws of a Gaussian a few are lower than its mode
+    by no more than a low quantile of χ²_d/2 (Wilson and Hilferty's approximation).
+    """
+    if population.density.structure.shared_size:
+        return np.ones(len(tasks), dtype=bool)
+    dim = noise.shape[-1]
+    low = 0.5 * dim * max(0.0, 1 - 2 / (9 * dim) - 2 * math.sqrt(2 / (9 * dim))) ** 3
+    power = torch.ones(noise.shape[1], dtype=noise.dtype)
+    value = population.target(pairs, power)(noise)[0].nan_to_num(nan=-math.inf)
+    _, highest = modes_of(population.density, tasks, population.theta[0])
+    found: np.ndarray = value.amax(0)[: len(tasks)].numpy() >= highest - low - SLACK
+    return found
+
+
 class _Population:
     """Pairs (θ, task) of a batch as one mapped dimension: each is a batch of one task."""
 
     def __init__(self, density: TaskDensity, guides: Guides, theta: Tensor, data: dict[str, Tensor]) -> None:
-        self._density, self._values, self._theta, self.data = density, guides.values, theta, data
+        self.density, self.theta, self.data, self._values = density, theta, data, guides.values
         tasks = next(iter(data.values())).shape[0]
         task = torch.arange(tasks).repeat(len(theta))
         self._data = {name: value.unsqueeze(1)[task] for name, value in data.items()}
@@ -106,17 +126,17 @@ class _Population:
 
     def log_likelihood(self, pairs: Tensor, noise: Tensor) -> Tensor:
         """Log p(D_i | φ, θ) of pairs `(S, T)` and noise `(S, T, d)`: `(S, T)`."""
-        args = (self._theta[pairs.flatten()], noise.flatten(0, 1).unsqueeze(1), self._data, self._values)
-        return self._density.log_parts.mapped(*args, in_dims=BY_PAIR)[1].reshape(pairs.shape)
+        args = (self.theta[pairs.flatten()], noise.flatten(0, 1).unsqueeze(1), self._data, self._values)
+        return self.density.log_parts.mapped(*args, in_dims=BY_PAIR)[1].reshape(pairs.shape)
 
     def target(self, pairs: Tensor, power: Tensor) -> Target:
         """Prior times the `power` `(T,)` of the likelihood."""
-        theta = self._theta[pairs.flatten()]
+        theta = self.theta[pairs.flatten()]
 
         def at(noise: Tensor) -> tuple[Tensor, Tensor]:
             flat = noise.flatten(0, 1).unsqueeze(1)
             args = (theta, flat, self._data, self._values)
-            value, (slope,) = self._density.log_task.gradient(*args, wrt=(1,), in_dims=BY_PAIR)
+            value, (slope,) = self.density.log_task.gradient(*args, wrt=(1,), in_dims=BY_PAIR)
             joint, gradient = value.reshape(pairs.shape), slope.reshape(noise.shape)
             prior, prior_gradient = self._prior(args, noise)
             weight = power.unsqueeze(-1)
@@ -129,5 +149,5 @@ class _Population:
     ) -> tuple[Tensor, Tensor]:
         if self._plain:
             return -0.5 * noise.square().sum(-1), -noise
-        values, (gradient,) = self._density.log_parts.gradient(*args, wrt=(1,), in_dims=BY_PAIR, weights=(1.0, 0.0))
+        values, (gradient,) = self.density.log_parts.gradient(*args, wrt=(1,), in_dims=BY_PAIR, weights=(1.0, 0.0))
         return values[0].reshape(noise.shape[:2]), gradient.reshape(noise.shape)

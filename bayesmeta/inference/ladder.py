@@ -21,7 +21,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.candidates import log_evidence
 from bayesmeta.inference.chains import SEVERAL, move_known, move_new
 from bayesmeta.inference.exact import ExactGuide, are_gaussian
-from bayesmeta.inference.laplace import LaplaceGuide, mode_counts, most_typical
+from bayesmeta.inference.laplace import LaplaceGuide, modes_of, most_typical
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import TaskGuide
 from bayesmeta.inference.weighing import (
@@ -199,7 +199,7 @@ class _Climber:
         self.found.put([(np.arange(len(positions)), drawn)], positions)
 
     def _modes(self, positions: np.ndarray) -> np.ndarray:
-        return mode_counts(self.density, self.tasks[positions], most_typical(self.theta))
+        return modes_of(self.density, self.tasks[positions], most_typical(self.theta))[0]
 
     def _log_weight(self, positions: np.ndarray) -> Tensor:
         """What the θ weigh before new tasks are seen: replaced tasks are taken out of them."""

@@ -271,15 +271,21 @@ def _starts(theta: Tensor, tasks: int, dim: int, starts: int) -> Tensor:
     return torch.cat([drawn.new_zeros(1, *drawn.shape[1:]), mirrored])
 
 
-def mode_counts(density: TaskDensity, tasks: Tasks, theta: Tensor) -> np.ndarray:
-    """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as the starts find them: `(T,)`."""
-    found = np.zeros(len(tasks), dtype=int)
+def modes_of(density: TaskDensity, tasks: Tasks, theta: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as the starts find them.
+
+    Returns:
+        Their numbers `(T,)`, and the log density of noise and data at the highest one `(T,)`, -inf without one.
+    """
+    count, highest = np.zeros(len(tasks), dtype=int), np.full(len(tasks), -math.inf)
     draws = (2 * STARTS + 1) * USUAL_STEPS
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True, draws=draws):
         begin = _starts(theta.unsqueeze(0), len(chunk.batch.names), density.structure.task_size, 2 * STARTS)
-        _, there = modes_at(density, density.tensors(chunk.batch), theta.unsqueeze(0), begin)
-        found[chunk.index] = there[:, 0].sum(0)[: len(chunk.index)].numpy()
-    return found
+        modes, there = modes_at(density, density.tensors(chunk.batch), theta.unsqueeze(0), begin)
+        value = torch.where(there & modes.converged, modes.value, -math.inf)
+        count[chunk.index] = there[:, 0].sum(0)[: len(chunk.index)].numpy()
+        highest[chunk.index] = value[:, 0].amax(0)[: len(chunk.index)].numpy()
+    return count, highest
 
 
 class LaplaceGuide(TaskGuide):

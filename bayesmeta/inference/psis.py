@@ -72,7 +72,7 @@ def resample(log_weights: np.ndarray, count: int, generator: np.random.Generator
 
 def _usable(log_weights: np.ndarray) -> np.ndarray:
     """Log weights with what is not a number counted as (nearly) no weight, so that one draw cannot spoil the others."""
-    return np.nan_to_num(np.asarray(log_weights, dtype=float), nan=NO_WEIGHT, neginf=NO_WEIGHT, posinf=np.inf)
+    return np.maximum(np.nan_to_num(np.asarray(log_weights, dtype=float), nan=NO_WEIGHT, posinf=np.inf), NO_WEIGHT)
 
 
 def _normalised(log_weights: np.ndarray) -> np.ndarray:

@@ -31,6 +31,8 @@ SHORTEST = 0.02
 """Each chain's step is the tuned one times a factor between this and 1, log-uniform: necks need shorter steps."""
 LEAPS = (3, 9)
 """Leapfrog steps of a transition, drawn uniformly."""
+LARGEST_ERROR = 0.1
+"""Of the means and sds of tempered particles, in sds: beyond it chance has weighed modes and necks."""
 DRIFT = 4.0
 """Chains drift if the mean or the mean square of a coordinate moves by so many standard errors in a round."""
 ALIVE = 0.5
@@ -114,8 +116,11 @@ def tune(target: Target, chains: Chains, *, transitions: int = TUNING) -> None:
         chains.step = chains.step * torch.exp(0.7 * (chains.acceptance - TARGET))
 
 
-def settle(target: Target, chains: Chains) -> np.ndarray:
-    """Moves chains until their acceptance is good and their moments stand still; says for which tasks: `(T,)`."""
+def settle(target: Target, chains: Chains, family: Tensor | None = None) -> np.ndarray:
+    """Moves chains until their acceptance is good and their moments stand still; says for which tasks: `(T,)`.
+
+    With `family` `(S, T)`, from which particle of the prior each chain descends, they also have to be few enough alike.
+    """
     settled = torch.zeros(chains.noise.shape[1], dtype=torch.bool)
     for length in ROUNDS:
         before, acceptance = chains.noise, torch.zeros_like(chains.step)
@@ -124,6 +129,8 @@ def settle(target: Target, chains: Chains) -> np.ndarray:
             acceptance = acceptance + chains.acceptance / length
         stuck = (chains.noise == before).all(-1).double().mean(0)
         settled = (acceptance > LOWEST) & (acceptance < HIGHEST) & (stuck <= STUCK) & _still(before, chains.noise)
+        if family is not None:
+            settled &= standard_errors(chains.noise, family).amax((0, 2)) <= LARGEST_ERROR
         if bool(settled.all()) and length >= LEAST:
             break
         chains.scale = spread(chains.noise)
@@ -188,6 +195,22 @@ def temper(
         if bool((power >= 1).all()):
             break
     return chains, pairs, torch.where(power >= 1, evidence, math.nan)
+
+
+def standard_errors(noise: Tensor, family: Tensor) -> Tensor:
+    """Monte Carlo standard errors of means and sds of tempered particles, in sds: `(2, T, d)`.
+
+    Args:
+        noise: Particles `(S, T, d)`.
+        family: From which particle of the prior each descends `(S, T)`: what is alike within a family counts once.
+
+    References:
+        Lee, Whiteley: Variance estimation in the particle filter, 2018, https://doi.org/10.1093/biomet/asy028
+    """
+    unit = (noise - noise.mean(0)) / noise.std(0, correction=0).clamp(min=1e-12)
+    square = 0.5 * (unit.square() - unit.square().mean(0))
+    index = family.unsqueeze(-1).expand_as(unit)
+    return torch.stack([torch.zeros_like(f).scatter_add(0, index, f).norm(dim=0) / len(f) for f in (unit, square)])
 
 
 def _rise(value: Tensor, log_weight: Tensor, most: Tensor) -> Tensor:

@@ -169,11 +169,39 @@ def test_big_data_move_in_smaller_groups(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_too_few_theta_left_is_said() -> None:
     """Tasks far from what θ was: their chains settle, but the nearer one alone keeps enough draws of θ."""
     read, learned, _ = setting(ROWS)
-    tasks = make_tasks({"near": [5.0] * 30, "far": [7.5] * 30})
+    tasks = make_tasks({"near": [3.5] * 30, "far": [7.5] * 30})
     parts = move_new(read, learned, mu_draws()[:1000], tasks, torch.zeros(1000, 2).double())
     (near, _), (far, _) = placed(parts, 2)
     assert near.flag == [""] and 0.1 < near.ess[0] < 0.25
     assert far.flag == [UNSETTLED] and far.ess[0] < 0.1
+
+
+def neck(batch: Batch) -> None:
+    """A noise sd of each task: of two rows that are nearly the same it is uniform on the log scale, down to nothing."""
+    with batch.tasks():
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with batch.observations():
+            pyro.sample("y", dist.Normal(mean, scale), obs=batch.y)
+
+
+def test_a_neck_that_no_particle_reaches_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = one_tasks({"neck": [0.3, 0.30001], "wide": [0.3, 0.9]})
+    read, theta = TaskDensity(neck, tasks), torch.zeros(1000, 0, dtype=torch.float64)
+    flags = [
+        [drawn.flag[column] for drawn, column in placed(inferred, 2)]
+        for slack in (chains.SLACK, math.inf)
+        for inferred in [with_slack(monkeypatch, slack, read, theta, tasks)]
+    ]
+    assert flags == [[UNSETTLED, ""], ["", ""]]
+
+
+def with_slack(
+    monkeypatch: pytest.MonkeyPatch, slack: float, read: TaskDensity, theta: torch.Tensor, tasks: Any
+) -> Any:
+    monkeypatch.setattr(chains, "SLACK", slack)
+    torch.manual_seed(0)
+    return move_new(read, guides(), theta, tasks, torch.zeros(1000, 2).double())
 
 
 def test_theta_is_weighed_where_the_prior_is_whitened_by_its_moments() -> None:

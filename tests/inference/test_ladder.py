@@ -140,7 +140,7 @@ def test_only_what_fails_climbs(monkeypatch: pytest.MonkeyPatch) -> None:
     learned.task = Chooser()
     failing = [i for i, y in enumerate(rows.values()) if y[0] > 2.4]
     assert 3 <= len(failing) <= 25
-    asked: dict[str, list[int]] = {"mode_counts": [], "are_gaussian": []}
+    asked: dict[str, list[int]] = {"modes_of": [], "are_gaussian": []}
     for name, sizes in asked.items():
         real = getattr(ladder, name)
 
@@ -155,7 +155,7 @@ def test_only_what_fails_climbs(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = climb(model, learned, theta, tasks, known=True, refine="auto")
     assert methods(parts, 60) == ["exact" if i in failing else "psis" for i in range(60)]
     assert asked["are_gaussian"] == [len(failing)]
-    assert asked["mode_counts"] == [int(np.ceil(0.05 * (60 - len(failing))))]
+    assert asked["modes_of"] == [int(np.ceil(0.05 * (60 - len(failing))))]
 
 
 class OneMissed(Missing):

@@ -22,7 +22,7 @@ from bayesmeta.inference.laplace import (
     MixtureTasks,
     distinct_modes,
     find_modes,
-    mode_counts,
+    modes_of,
     modes_at,
     most_typical,
     spread_out,
@@ -140,12 +140,19 @@ def test_modes_that_differ_are_kept_and_equal_ones_merged() -> None:
     assert only.tolist() == [[True, True]] and abs(float(one.loc[0, 0, 0])) < 1e-6
 
 
-def test_counts_of_modes() -> None:
+def test_counts_and_heights_of_modes() -> None:
     """Squares have two modes at mu = 0, counts one; a task without a bend at 0 has one again."""
     zero = torch.zeros(1, dtype=torch.float64)
-    assert mode_counts(density("squares"), make_tasks(SQUARES), zero).tolist() == [2, 2, 2]
-    assert mode_counts(density("squares"), make_tasks({"x": [0.0, 0.1], "y": [2.5]}), zero).tolist() == [1, 2]
-    assert mode_counts(density("counts"), make_tasks(COUNTS), zero).tolist() == [1] * 5
+    assert modes_of(density("squares"), make_tasks(SQUARES), zero)[0].tolist() == [2, 2, 2]
+    rows = {"x": [0.0, 0.1], "y": [2.5]}
+    count, highest = modes_of(density("squares"), make_tasks(rows), zero)
+    assert count.tolist() == [1, 2]
+    read, tasks = density("squares"), make_tasks(rows)
+    grid = torch.linspace(-3, 3, 6001, dtype=torch.float64).reshape(-1, 1, 1).expand(-1, 2, 1)
+    data, values = read.tensors(tasks.batch([0, 1])), dict(read.learned.values)
+    along = read.log_task.mapped(zero.expand(6001, 1), grid, data, values, in_dims=(0, 0, None, None))
+    np.testing.assert_allclose(highest, along.amax(0), atol=1e-4)
+    assert modes_of(density("counts"), make_tasks(COUNTS), zero)[0].tolist() == [1] * 5
 
 
 def test_a_mode_is_handed_from_anchor_to_anchor() -> None:

@@ -11,7 +11,7 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from bayesmeta.inference.transitions import LOWEST, Chains, settle, spread, temper, transition, tune
+from bayesmeta.inference.transitions import LOWEST, Chains, settle, spread, standard_errors, temper, transition, tune
 
 CHAINS = 4000
 
@@ -191,3 +191,14 @@ def test_a_likelihood_that_is_nowhere_finite_is_reported() -> None:
     even = torch.full((200, 1), -math.log(200), dtype=torch.float64)
     _, _, evidence = temper(nowhere, normal, noise, even, np.random.default_rng(0))
     assert not float(evidence[0]) > -1e20
+
+
+def test_what_is_alike_within_a_family_counts_once() -> None:
+    """Families of ten: the same particle ten times has the error of a tenth of them, ten of their own that of all."""
+    family = torch.arange(400).repeat_interleave(10).unsqueeze(1)
+    alike = torch.randn(400, 1, 3, dtype=torch.float64).repeat_interleave(10, 0)
+    own = torch.randn(4000, 1, 3, dtype=torch.float64)
+    for noise, count in ((alike, 400), (own, 4000)):
+        mean, sd = standard_errors(noise, family)[:, 0]
+        torch.testing.assert_close(mean, torch.full((3,), count**-0.5).double(), rtol=0.2, atol=0)
+        torch.testing.assert_close(sd, torch.full((3,), (2 * count) ** -0.5).double(), rtol=0.3, atol=0)
