@@ -1,7 +1,7 @@
 """Bayesian meta-learning for people with many small, related data sets."""
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
@@ -47,9 +47,13 @@ __all__ = [
 
 _ROOMS = ("checks", "models")
 """Rooms that are imported when they are first used."""
+_CHECKS = ("compare_sharing",)
+"""What is found in `checks` under its own name."""
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"bayesmeta.{name}")
+    if name in _CHECKS:
+        return getattr(importlib.import_module("bayesmeta.checks"), name)
     raise AttributeError(f"module 'bayesmeta' has no attribute {name!r}")

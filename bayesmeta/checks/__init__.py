@@ -1,8 +1,9 @@
 """Room five: is it right, and how do I see it? Calibration, coverage, misfit, scores, ways of sharing, plots."""
 
-from bayesmeta.checks import metrics, plots, sharing
+from bayesmeta.checks import metrics, plots, sharing, sharing_pictures
 from bayesmeta.checks.calibration import Calibration, sbc
 from bayesmeta.checks.cross_validation import LeftOut, leave_one_task_out, loo
+from bayesmeta.checks.folds import SharingScores, compare_sharing
 from bayesmeta.checks.gap import Gap, amortization_gap
 from bayesmeta.checks.intervals import Coverage, coverage
 from bayesmeta.checks.misfits import Misfit, misfit
@@ -16,7 +17,9 @@ __all__ = [
     "LeftOut",
     "Misfit",
     "Replicated",
+    "SharingScores",
     "amortization_gap",
+    "compare_sharing",
     "coverage",
     "leave_one_task_out",
     "loo",
@@ -27,4 +30,5 @@ __all__ = [
     "sbc",
     "sbc_fit",
     "sharing",
+    "sharing_pictures",
 ]

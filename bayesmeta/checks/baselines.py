@@ -25,7 +25,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.likelihoods import Normal, StudentT
 from bayesmeta.hierarchy.model import HierarchicalModel
-from bayesmeta.hierarchy.priors import Custom, Gaussian
+from bayesmeta.hierarchy.priors import Custom
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.inference import psis
 from bayesmeta.inference.correction import SharedDraws
@@ -64,6 +64,11 @@ class Units:
         moments = (float(y.mean()), float(y.std()) or 1.0)
         y_loc, y_scale = moments if isinstance(model.likelihood, Normal | StudentT) else (0.0, 1.0)
         return cls(x.mean(0), np.where(scale > 0, scale, 1.0), y_loc, y_scale, column)
+
+    @classmethod
+    def none(cls) -> Units:
+        """Units as they are: a predictor with weights of its own knows no others."""
+        return cls(np.asarray(0.0), np.asarray(1.0), 0.0, 1.0, None)
 
     def tasks(self, tasks: Tasks) -> Tasks:
         """The same tasks in standardised units."""
@@ -125,8 +130,9 @@ class Baseline:
     def __init__(
         self, model: HierarchicalModel, known: Tasks, *, centre: np.ndarray, draws: int = 4000, seed: int = 0
     ) -> None:
-        self.units, self.draws, self.seed = Units.of(model, known), draws, seed
-        self._schema = known.schema
+        plain = isinstance(model.predictor, torch.nn.Module)
+        self.units, self.draws, self.seed = Units.none() if plain else Units.of(model, known), draws, seed
+        self._schema, self._centre = known.schema, centre
         tasks = self.units.tasks(known)
         variant = copy.copy(model)
         shape = () if np.ndim(centre) == 0 else (1,)
@@ -144,20 +150,29 @@ class Baseline:
     def _infer(self, tasks: Tasks) -> SharedDraws:
         raise NotImplementedError
 
-    def _pairs(self, context: Tasks) -> tuple[Tensor, Tensor, list[str]]:
+    def _pairs(self, context: Tasks, known: bool) -> tuple[Tensor, Tensor, list[str]]:
         raise NotImplementedError
 
-    def predict(self, context: Tasks, target: Tasks) -> tuple[Prediction, tuple[str, ...]]:
-        """Predicts the rows of `target` given those of `context`, the same new tasks; in standard units.
+    def predict(
+        self, context: Tasks, target: Tasks, *, known: bool = False
+    ) -> tuple[tuple[Prediction, ...], tuple[str, ...]]:
+        """Predicts the rows of `target` given those of `context`, the same tasks; in standard units.
+
+        Args:
+            context: Tasks with the rows that are given.
+            target: The same tasks with the rows to predict.
+            known: Whether they are the training tasks: what is shared has learned from their rows already.
 
         Returns:
-            The prediction, and for each task what is wrong with its importance weights ("" if nothing).
+            A prediction for each observed site, and for each task what is wrong with its weights ("" if nothing).
         """
         context, target = (self.units.tasks(tasks.aligned(self._schema)) for tasks in (context, target))
         with seeded(self.seed + 1), torch.no_grad():
-            theta, noise, flags = self._pairs(context)
-        found = predict(self.density, context.at(target), (theta, noise), seed=self.seed)
-        return found, tuple(flags)
+            pairs = self._pairs(context, known)
+        at = context.at(target)
+        sites = self.density.structure.outcomes
+        found = tuple(predict(self.density, at, pairs[:2], site=site, seed=self.seed) for site in sites)
+        return found, tuple(pairs[2])
 
     def _log_prior(self, theta: Tensor) -> Tensor:
         return self.density.log_prior(theta) if theta.shape[1] else theta.new_zeros(len(theta))
@@ -178,9 +193,10 @@ class NoPooling(Baseline):
 
         return adaptive_draws(log_target, *self.density.prior_scale(), draws=THETA_DRAWS)
 
-    def _pairs(self, context: Tasks) -> tuple[Tensor, Tensor, list[str]]:
+    def _pairs(self, context: Tasks, known: bool) -> tuple[Tensor, Tensor, list[str]]:
         theta = _resampled(self.shared, self.draws)
-        posterior = laplace(self.density, context, theta).posterior
+        found = laplace(self.density, context, theta)
+        posterior = found.posterior
         light, heavy = posterior.sample(), posterior.sample(heavy=True)
         pick = torch.rand(light.shape[:2], dtype=light.dtype).unsqueeze(-1)
         noise = torch.where(pick < HEAVY_SHARE, heavy, light)
@@ -190,13 +206,14 @@ class NoPooling(Baseline):
         )
         log_prior = dist.Normal(0.0, 1.0).log_prob(noise).sum(-1)
         log_weight = log_prior + log_likelihood(self.density, context, theta, noise) - log_proposal
+        log_weight = log_weight - found.log_evidence if known else log_weight
         index, flags = _choose(log_weight)
         every = torch.arange(len(context))
         return theta[index], noise[index, every], flags
 
 
 class CompletePooling(Baseline):
-    """All tasks are one: the same φ ~ N(centre, 10² I) for all of them (τ = 0), uncertain, and updated by new rows."""
+    """All tasks are one: the same φ ~ N(centre, 10² I) for all of them (τ = 0), uncertain; new tasks update it."""
 
     name = "complete pooling"
 
@@ -217,15 +234,37 @@ class CompletePooling(Baseline):
     def phi(self) -> np.ndarray:
         """Posterior mean of the one φ `(d,)`, in standard units."""
         noise = self.shared.theta[:, -self.density.structure.task_size :].numpy()
-        return PRIOR_SD * (np.exp(self.shared.log_weight) @ noise)
+        return self._centre + PRIOR_SD * (np.exp(self.shared.log_weight) @ noise)
 
-    def _pairs(self, context: Tasks) -> tuple[Tensor, Tensor, list[str]]:
+    def _pairs(self, context: Tasks, known: bool) -> tuple[Tensor, Tensor, list[str]]:
         dim = self.density.structure.task_size
         both = _resampled(self.shared, self.draws).unsqueeze(1).expand(-1, len(context), -1)
         theta, noise = both[..., :-dim], both[..., -dim:]
+        if known:
+            return theta, noise, [""] * len(context)
         index, flags = _choose(log_likelihood(self.density, context, theta[:, 0], noise))
         every = torch.arange(len(context))
         return theta[index, every], noise[index, every], flags
+
+
+def origin_of(model: Any) -> np.ndarray:
+    """Where the task parameters of a model lie before anything is learned `(d,)`.
+
+    Raises:
+        ValueError: The model is not one of components, or its prior does not say it.
+    """
+    if not isinstance(model, HierarchicalModel):
+        raise ValueError(
+            f"no pooling and complete pooling need a bm.HierarchicalModel, whose prior they replace, got "
+            f"{type(model).__name__}; write the predictor and the likelihood as components"
+        )
+    origin = model.prior.origin
+    if origin is None:
+        raise ValueError(
+            f"expected a prior that says how many task parameters there are, bm.priors.Gaussian(d) or one of "
+            f"bm.models.sharing, got {type(model.prior).__name__}; a prior of your own has to define `origin`"
+        )
+    return origin
 
 
 def baselines(model: HierarchicalModel, known: Tasks, *, draws: int = 4000, seed: int = 0) -> tuple[Baseline, Baseline]:
@@ -237,14 +276,8 @@ def baselines(model: HierarchicalModel, known: Tasks, *, draws: int = 4000, seed
         draws: Draws of a prediction.
         seed: Of all draws.
     """
-    if not isinstance(model, HierarchicalModel):
-        raise ValueError(
-            f"no pooling and complete pooling need a bm.HierarchicalModel, whose prior they replace, got "
-            f"{type(model).__name__}; write the predictor and the likelihood as components"
-        )
-    if not isinstance(model.prior, Gaussian):
-        raise ValueError(f"expected a model with prior bm.priors.Gaussian(d), got {type(model.prior).__name__}")
-    pooled = CompletePooling(model, known, centre=np.zeros(model.prior.d), draws=draws, seed=seed)
+    origin = origin_of(model)
+    pooled = CompletePooling(model, known, centre=origin, draws=draws, seed=seed)
     return NoPooling(model, known, centre=pooled.phi, draws=draws, seed=seed), pooled
 
 

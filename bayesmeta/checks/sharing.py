@@ -241,7 +241,7 @@ def first_rows(tasks: Tasks, count: int, *, seed: int) -> tuple[Tasks, np.ndarra
 
 
 def _of_baseline(baseline: Baseline, context: Tasks, target: Tasks, given: np.ndarray) -> HeldOut:
-    prediction, flags = baseline.predict(context, target)
+    (prediction,), flags = baseline.predict(context, target)
     return held_out(prediction, flags, given, y_loc=baseline.units.y_loc, y_scale=baseline.units.y_scale)
 
 

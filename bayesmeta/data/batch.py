@@ -117,15 +117,16 @@ class Batch:
             yield plate
 
     @contextmanager
-    def observations(self) -> Iterator[Any]:
-        """The plate over rows, "obs" at dimension -1.
+    def observations(self, plate: Any = None) -> Iterator[Any]:
+        """The plate over rows, "obs" at dimension -1; `plate` is one to be entered again, for several sites.
 
         Padding is masked, for one output missing labels too (several: see `output`), and row weights scale the observed
         sites.
         """
         mask = self.mask & self.observed if self.y.dim() == self.mask.dim() else self.mask
-        with pyro.plate("obs", self.mask.shape[1], dim=-1) as plate, poutine.mask(mask=mask), self._scaled("weight"):
-            yield plate
+        rows = pyro.plate("obs", self.mask.shape[1], dim=-1) if plate is None else plate
+        with rows, poutine.mask(mask=mask), self._scaled("weight"):
+            yield rows
 
     @contextmanager
     def _scaled(self, key: str) -> Iterator[None]:
@@ -147,14 +148,24 @@ class Batch:
         Raises:
             ValueError: If there is no such output.
         """
-        count = self.schema.y_shape[0] if self.schema.y_shape else 1
-        names = self.schema.y if len(self.schema.y) == count else ()
-        index = names.index(k) if isinstance(k, str) and k in names else k
-        if isinstance(index, str) or not -count <= index < count:
-            raise ValueError(f"{unknown('output', k, names)} Outputs are counted 0 … {count - 1}")
+        index = self.schema.output(k)
         if not self.schema.y_shape:
             return self.y, self.observed
         return self.y[:, :, index], self.observed[:, :, index]
+
+    def only(self, k: int | str) -> Batch:
+        """Returns the batch with output `k` as its one label.
+
+        Raises:
+            ValueError: If there is no such output.
+        """
+        y, observed = self.output(k)
+        return replace(self, tensors={**self.tensors, "y": y, "observed": observed}, schema=self.schema.only(k))
+
+    def where(self, column: str, value: Any) -> Batch:
+        """Returns the batch with all rows masked but those where `column` equals `value`; see `rows_where`."""
+        mask = self.mask & (self[column] == self.schema.code(column, value))
+        return self.replace({**self.tensors, "mask": mask})
 
     def rows_where(self, column: str, value: Any) -> Any:
         """A context that masks all rows but those where `column` equals `value`: mixed kinds of rows.

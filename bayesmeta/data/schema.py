@@ -83,6 +83,32 @@ class Schema:
         """Returns a label `(*dy)` inside the support."""
         return self.example_rows()["y"][0]
 
+    def output(self, k: int | str) -> int:
+        """Returns the position of output `k`, given by position or name.
+
+        Raises:
+            ValueError: If there is no such output.
+        """
+        count = self.y_shape[0] if self.y_shape else 1
+        names = self.y if len(self.y) == count else ()
+        index = names.index(k) if isinstance(k, str) and k in names else k
+        if isinstance(index, str) or not -count <= index < count:
+            raise ValueError(f"{unknown('output', k, names)} Outputs are counted 0 … {count - 1}")
+        return index
+
+    def only(self, k: int | str) -> Schema:
+        """Returns the schema with output `k` as the one label.
+
+        Raises:
+            ValueError: If there is no such output.
+        """
+        index = self.output(k)
+        if not self.y_shape:
+            return self
+        example = {key: row[index] if key in ("y", "observed") else row for key, row in self.example.items()}
+        name = self.y[index] if len(self.y) == self.y_shape[0] else f"y{index % self.y_shape[0]}"
+        return dataclasses.replace(self, y=(name,), y_shape=self.y_shape[1:], example=example)
+
     def code(self, column: str, value: Any) -> Any:
         """Returns the code of a level of a text column, and any other value as it is.
 

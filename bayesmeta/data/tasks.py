@@ -52,12 +52,9 @@ class Tasks:
     """
 
     def __init__(self, data: Ragged, origin: Origin | None, index: Tensor) -> None:
-        """Wraps storage; users call `from_dataframe` or `from_arrays`.
+        """Wraps storage, the collection that unnamed tasks come from, and their positions in it, int64 `(T,)`.
 
-        Args:
-            data: The storage.
-            origin: The collection that unnamed tasks come from, None where names are given.
-            index: Position of each task in that collection, int64 `(T,)`.
+        Users call `from_dataframe` or `from_arrays`.
         """
         self._data, self._origin, self._index = data, origin, index
 
@@ -254,7 +251,7 @@ class Tasks:
 
     def without_rows(self) -> Tasks:
         """Returns the same tasks with their task columns, and no rows."""
-        return self.split_rows(torch.zeros(len(self.y), dtype=torch.bool))[0]
+        return self.split_rows(self.y.new_zeros(len(self.y), dtype=torch.bool))[0]
 
     def _with(self, data: Ragged) -> Tasks:
         return Tasks(data, self._origin, self._index)
@@ -341,6 +338,14 @@ class Tasks:
             offsets, rows = new_rows(x, columns, self.schema, self.names)
         schema = replace(self.schema, missing=not bool(rows["observed"].all()))
         return self._with(without_weights(replace(self._data, offsets=offsets, rows=rows, schema=schema)))
+
+    def only(self, k: int | str) -> Tasks:
+        """Returns the same tasks with output `k`, a position or name, as the one label."""
+        index = self.schema.output(k)
+        if not self.schema.y_shape:
+            return self
+        rows = self._data.rows | {"y": self.y[:, index], "observed": self.observed[:, index]}
+        return self._with(replace(self._data, rows=rows, schema=self.schema.only(k)))
 
     def copies(self, idx: Any, *, names: Sequence[str]) -> Tasks:
         """Returns tasks, repeated where `idx` repeats, under new names: shells for simulated data.

@@ -32,8 +32,21 @@ class Requirement(NamedTuple):
     expected: str
 
 
+class Observation(NamedTuple):
+    """An observed site: its name, what distribution its labels have, and the batch that holds them."""
+
+    site: str
+    outcome: Distribution | Tensor
+    batch: Batch
+
+
 class Likelihood(abc.ABC):
     """p(y | f, θ); override `distribution`, and `shared` and `requirements` where there is something to say."""
+
+    sites: tuple[str, ...] = ("y",)
+    """Names of the observed sites."""
+    width: int | None = 1
+    """Numbers of f that a row takes; None where nothing is said of it."""
 
     @property
     def shared(self) -> dict[str, Distribution]:
@@ -52,6 +65,10 @@ class Likelihood(abc.ABC):
         Returns:
             A distribution of batch shape `(T, N)`, or a tensor `(T, N)` of log likelihoods.
         """
+
+    def observe(self, f: Tensor, batch: Batch, shared: Mapping[str, Tensor]) -> Iterator[Observation]:
+        """The observed sites; one by default, `y`."""
+        yield Observation("y", self.distribution(f, batch, shared), batch)
 
     def requirements(self, tasks: Tasks) -> Iterator[Requirement]:
         """What the data must satisfy; nothing by default."""

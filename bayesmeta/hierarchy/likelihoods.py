@@ -2,6 +2,7 @@
 
 Each names its own shared parameters (`shared`), gives the distribution of all labels (`distribution`) and says which
 data lie outside its support (`requirements`). Any callable of `(f, batch, shared)` is a likelihood too: `Custom`.
+Several likelihoods in one model are in `outcomes.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy import likelihood_base as parts
 from bayesmeta.hierarchy.likelihood_base import Custom, Likelihood, Requirement, Source
+from bayesmeta.hierarchy.outcomes import Kinds, Outputs
 
 __all__ = [
     "Bernoulli",
@@ -31,10 +33,13 @@ __all__ = [
     "Categorical",
     "Custom",
     "Gamma",
+    "Kinds",
     "Likelihood",
+    "LocationScale",
     "NegativeBinomial",
     "Normal",
     "OrderedLogistic",
+    "Outputs",
     "Poisson",
     "Requirement",
     "StudentT",
@@ -75,6 +80,24 @@ class Normal(Likelihood):
         y, _ = parts.labels(tasks, self)
         if self.scale is not None:
             yield from parts.positive(tasks, self.scale, y)
+
+
+@final
+@dataclass(frozen=True)
+class LocationScale(Likelihood):
+    """y ~ Normal(f_0, exp f_1), f `(T, N, 2)`: the noise is part of the predictor, of each task's own for example."""
+
+    width = 2
+
+    def distribution(self, f: Tensor, batch: Batch, shared: Mapping[str, Tensor]) -> Distribution:
+        """Normal(f_0, exp f_1)."""
+        both = parts.rowwise(f, batch, self, levels=2)
+        return dist.Normal(both[..., 0], both[..., 1].exp())
+
+    def requirements(self, tasks: Tasks) -> Iterator[Requirement]:
+        """One output."""
+        parts.labels(tasks, self)
+        return iter(())
 
 
 @final
@@ -231,6 +254,11 @@ class Categorical(Likelihood):
 
     def __post_init__(self) -> None:
         parts.require_levels(self, self.levels)
+
+    @property
+    def width(self) -> int | None:  # type: ignore[override]
+        """One number a level."""
+        return self.levels
 
     def distribution(self, f: Tensor, batch: Batch, shared: Mapping[str, Tensor]) -> Distribution:
         """Categorical(logits=f)."""

@@ -24,7 +24,7 @@ from bayesmeta.hierarchy.likelihood_base import Likelihood, as_likelihood
 from bayesmeta.hierarchy.priors import Prior, as_prior, one_phi_a_task
 
 Conditional = Callable[[Any, Mapping[str, Tensor], Batch, Tensor], Distribution]
-_RESERVED = ("phi", "y", "task", "obs")
+_RESERVED = ("phi", "task", "obs")
 
 
 def _unfitted(learner: str, verb: str) -> NoReturn:
@@ -48,7 +48,8 @@ class HierarchicalModel:
     """θ ~ p(θ); φ_i ~ p(φ | θ); y_ij ~ p(y | f(φ_i, x_ij), θ), as a Pyro model of a `Batch`.
 
     Sites: the shared sites of the prior (`mu`, `tau`, `corr`), those of the likelihood (`sigma`, `nu`, `concentration`,
-    `cutpoints`), then the declared ones, in this order; the task site `phi` (T, 1, d); the observed site `y`.
+    `cutpoints`), then the declared ones, in this order; the task site `phi` (T, 1, d); the observed site `y`, or those
+    of a likelihood that has several.
 
     Example:
         >>> from bayesmeta.hierarchy import likelihoods, priors
@@ -88,15 +89,12 @@ class HierarchicalModel:
         self.conditional = _conditional(conditional)
         self._predict = bind(predictor, role="predictor", names=("phi", "x", "batch", "shared"), positional=2)
         self._declared = {name: _declaration(name, site) for name, site in (shared or {}).items()}
-        self._modules = {
-            role: part
-            for role, part in (("prior", prior), ("predictor", predictor), ("likelihood", likelihood))
-            if isinstance(part, nn.Module)
-        }
+        parts = {"prior": prior, "predictor": predictor, "likelihood": likelihood}
+        self._modules = {role: part for role, part in parts.items() if isinstance(part, nn.Module)}
         self._refuse_taken_names()
 
     def _refuse_taken_names(self) -> None:
-        taken = [*_RESERVED, *self.prior.shared, *self.likelihood.shared]
+        taken = [*_RESERVED, *self.prior.shared, *self.likelihood.shared, *self.likelihood.sites]
         clashes = sorted({name for name in (*taken, *self._declared) if (*taken, *self._declared).count(name) > 1})
         if clashes:
             raise ValueError(
@@ -123,7 +121,9 @@ class HierarchicalModel:
             f = self._predict(phi=phi, x=batch.x, batch=batch, shared=shared)
             if not isinstance(f, Tensor):
                 raise ValueError(f"predictor: expected a tensor (T, N, *k), got {type(f).__name__}")
-            _observe(self.likelihood.distribution(f, batch, shared), batch)
+            rows = pyro.plate("obs", batch.mask.shape[1], dim=-1)
+            for observation in self.likelihood.observe(f, batch, shared):
+                _observe(*observation, rows)
 
     def _sample_shared(self) -> dict[str, Tensor]:
         shared: dict[str, Tensor] = _SharedValues()
@@ -132,6 +132,14 @@ class HierarchicalModel:
         for name, build in self._declared.items():
             shared[name] = pyro.sample(name, _one_value(build(shared=shared), name))
         return shared
+
+    def with_predictor(self, predictor: nn.Module) -> HierarchicalModel:
+        """Returns the model with another module as its predictor."""
+        other = copy.copy(self)
+        other.predictor = predictor
+        other._predict = bind(predictor, role="predictor", names=("phi", "x", "batch", "shared"), positional=2)
+        other._modules = {**self._modules, "predictor": predictor}
+        return other
 
     def check(self, tasks: Tasks) -> None:
         """Refuses tasks whose labels or columns lie outside the likelihood's support.
@@ -175,24 +183,24 @@ def _register(role: str, module: nn.Module) -> None:
         pyro.module(role, module)
 
 
-def _observe(outcome: Any, batch: Batch) -> None:
-    """The observed site `y`: one label a row, coupled rows, or a log likelihood a row."""
+def _observe(site: str, outcome: Any, batch: Batch, rows: Any) -> None:
+    """An observed site: one label a row, coupled rows, or a log likelihood a row."""
     if isinstance(outcome, Tensor):
         if outcome.shape != batch.mask.shape:
             raise ValueError(
                 f"likelihood: expected a log likelihood for each row, shape {tuple(batch.mask.shape)}, got "
                 f"{tuple(outcome.shape)}; expand it, or return a Distribution over a task's rows if they are coupled"
             )
-        with batch.observations():
-            pyro.factor("y", outcome)
+        with batch.observations(rows):
+            pyro.factor(site, outcome)
         return
     labels: Any = as_pyro(outcome, role="likelihood")
     y = batch.y.to(torch.get_default_dtype())
     if _couples_rows(labels, batch):
-        pyro.sample("y", labels, obs=y.unsqueeze(1))
+        pyro.sample(site, labels, obs=y.unsqueeze(1))
         return
-    with batch.observations():
-        pyro.sample("y", labels, obs=y)
+    with batch.observations(rows):
+        pyro.sample(site, labels, obs=y)
 
 
 def _couples_rows(labels: Distribution, batch: Batch) -> bool:

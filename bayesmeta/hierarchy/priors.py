@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class Prior(abc.ABC):
     def shared(self) -> dict[str, Distribution]:
         """Priors of the shared parameters that this prior brings, by site name; none by default."""
         return {}
+
+    @property
+    def origin(self) -> np.ndarray | None:
+        """Where φ lies before anything is learned `(d,)`; None where it is not known how many φ has."""
+        return None
 
     @abc.abstractmethod
     def distribution(self, shared: Mapping[str, Tensor], batch: Batch) -> Distribution:
@@ -94,6 +100,11 @@ class Gaussian(Prior):
 
     def __repr__(self) -> str:
         return f"Gaussian({self.d}, cov={self.cov!r}, loc_scale={self.loc_scale}, sd_scale={self.sd_scale})"
+
+    @property
+    def origin(self) -> np.ndarray:
+        """0."""
+        return np.zeros(self.d)
 
     @property
     def shared(self) -> dict[str, Distribution]:

@@ -17,6 +17,7 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import like_sizes, padded_rows
+from bayesmeta.inference.conflicts import CONFLICTS
 from bayesmeta.inference.correction import CHECK_BUDGET, SharedDraws, correct_shared, reachable_ess
 from bayesmeta.inference.flows import FlowGuide
 from bayesmeta.inference.guides import NaturalGuide
@@ -50,6 +51,7 @@ SHARED: dict[str, Callable[[Tensor, Tensor], SharedPosterior]] = {
     "map": PointShared,
 }
 
+KNOWN_OBJECTIVES = {**OBJECTIVES, **CONFLICTS}
 ENCODERS = ("natural", "deepset", "attention")
 FAMILIES = ("normal", "flow")
 
@@ -60,7 +62,8 @@ class Amortized:
 
     Args:
         shared: Posterior of θ: "normal" (full covariance), "lowrank" or "map" (a point).
-        objective: "elbo", "iw", "predictive" (score held-out rows given a context) or a function
+        objective: "elbo", "iw", "predictive" (score held-out rows given a context), "minimax" (the worst tasks count
+            most), "pcgrad" (conflicts between tasks' gradients of trained weights are projected out), or a function
             `(density, guides, step) -> (loss, info)`.
         context: Smallest and largest context of the objective "predictive"; None: (0, 10).
         guide: A `TaskGuide`, or None for the default one.
@@ -84,7 +87,7 @@ class Amortized:
     def __post_init__(self) -> None:
         choices: dict[str, Iterable[str]] = {
             "shared": SHARED,
-            "objective": (*OBJECTIVES, "predictive"),
+            "objective": (*KNOWN_OBJECTIVES, "predictive"),
             "encoder": ENCODERS,
             "family": FAMILIES,
         }
@@ -191,7 +194,7 @@ def _groups(guides: Guides, lr: float) -> list[dict[str, Any]]:
 def _objective(options: Amortized) -> Objective:
     if options.objective == "predictive":
         return Predictive(options.context or DEFAULT_CONTEXT)
-    return OBJECTIVES[options.objective] if isinstance(options.objective, str) else options.objective
+    return KNOWN_OBJECTIVES[options.objective] if isinstance(options.objective, str) else options.objective
 
 
 def build_guides(

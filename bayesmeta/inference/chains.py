@@ -98,7 +98,7 @@ def _elements(tasks: Tasks) -> int:
 
 
 def _reached(population: _Population, pairs: Tensor, noise: Tensor, tasks: Tasks) -> np.ndarray:
-    """Whether particles `(S, T, d)` have been about as high as the highest mode of each task, where θ is not in the way.
+    """Whether particles `(S, T, d)` have been about as high as each task's highest mode, where θ is not in the way.
 
     A narrow neck may hold much of a posterior and no particle. Of S draws of a Gaussian a few are lower than its mode
     by no more than a low quantile of χ²_d/2 (Wilson and Hilferty's approximation).

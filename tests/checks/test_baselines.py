@@ -123,7 +123,7 @@ def test_predictions_of_new_tasks_are_exact(fitted: tuple[Tasks, NoPooling, Comp
             weights = grid_posterior(groups, centre, SIGMA_SCALE / baseline.units.y_scale)
         at, y = designs(baseline.units.tasks(target))[0]
         exact = exact_predictive(weights, own, at, y, centre)
-        prediction, flags = baseline.predict(context, target)
+        (prediction,), flags = baseline.predict(context, target)
         assert flags == ("",)
         noise = float(weights @ GRID)
         error = np.sqrt(1 / (2 * math.sqrt(math.pi) * noise * np.exp(exact) * DRAWS))
@@ -135,7 +135,7 @@ def test_a_task_without_rows_gets_the_vague_prior(fitted: tuple[Tasks, NoPooling
     new = Tasks.from_arrays([np.array([[3.0]])], [np.array([5.0])], names=["new"])
     context, target = new.split_rows(torch.tensor([False]))
     x = float(alone.units.tasks(target).x[0, 0])
-    prediction, _ = alone.predict(context, target)
+    (prediction,), _ = alone.predict(context, target)
     spread = PRIOR_SD * math.sqrt(1 + x**2)
     assert prediction.sd[0, 0] == pytest.approx(spread, rel=0.05)
     assert abs(prediction.mean[0, 0] - pooled.phi @ [1, x]) < 4 * spread / math.sqrt(DRAWS)
@@ -166,7 +166,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError, match=r"need a bm.HierarchicalModel, .*got function"):
         baselines(lambda batch: None, known)
     fixed = HierarchicalModel(lambda shared: None, lambda phi, x: x[..., 0], likelihoods.Normal())
-    with pytest.raises(ValueError, match=r"expected a model with prior bm.priors.Gaussian\(d\), got Custom"):
+    with pytest.raises(ValueError, match=r"bm.priors.Gaussian\(d\) or one of bm.models.sharing, got Custom"):
         baselines(fixed, known)
     net = HierarchicalModel(priors.Gaussian(1), Tower(), likelihoods.Normal())
     with pytest.raises(ValueError, match="trainable parameters, which no pooling"):

@@ -164,6 +164,53 @@ def test_two_outputs_with_their_own_masks() -> None:
     assert (found["y1"] != 0).int().tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
+def test_only_one_output_is_the_batch_of_that_output() -> None:
+    nan = float("nan")
+    columns, weight = {"k": [[1, 2, 3], [4]]}, [[1.0, 2.0, 0.5], [3.0]]
+    both = batch_of(
+        y=[[[1.0, nan], [2.0, 5.0], [3.0, 6.0]], [[nan, 7.0]]], missing="mask", columns=columns, weight=weight
+    )
+    alone = batch_of(y=[[nan, 5.0, 6.0], [7.0]], missing="mask", columns=columns, weight=weight)
+    for k in (1, "y1", -1):
+        one = both.only(k)
+        assert torch.equal(one.observed, alone.observed) and one.names == both.names
+        assert one.schema.y == ("y1",) and one.schema.y_shape == () and one.schema.missing
+        found = densities(model, one, PHI)["y"]
+        torch.testing.assert_close(found, densities(model, alone, PHI)["y"], rtol=1e-12, atol=0)
+        assert torch.equal(found != 0, torch.tensor([[False, True, True], [True, False, False]]))
+    assert both.y.shape == (2, 3, 2) and both.schema.y == ("y0", "y1")
+    with pytest.raises(ValueError, match="unknown output 2; known: 'y0', 'y1'"):
+        both.only(2)
+    single = batch_of()
+    assert single.only("y").y is single.y and single.only(0).schema is single.schema
+
+
+def test_only_of_outputs_that_are_matrices() -> None:
+    y = [torch.arange(18.0).reshape(3, 2, 3).tolist(), [[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]]]
+    one = batch_of(y=y).only(1)
+    assert one.y[0].tolist() == [[3.0, 4.0, 5.0], [9.0, 10.0, 11.0], [15.0, 16.0, 17.0]]
+    assert one.observed.shape == (2, 3, 3) and (one.schema.y, one.schema.y_shape) == (("y1",), (3,))
+
+
+def test_where_masks_the_other_rows() -> None:
+    batch = batch_of(columns={"kind": [["scan", "count", "scan"], ["count"]]}, task_columns={"u": [1.5, 2.5]})
+    scans, counts = batch.where("kind", "scan"), batch.where("kind", "count")
+    assert scans.mask.tolist() == [[True, False, True], [False] * 3]
+    assert counts.mask.tolist() == [[False, True, False], [True, False, False]]
+    keep = torch.tensor([[1.0, 0.0, 1.0], [0.0] * 3])
+    torch.testing.assert_close(densities(model, scans, PHI)["y"], expected() * keep, rtol=1e-12, atol=0)
+    total = densities(model, scans, PHI)["y"] + densities(model, counts, PHI)["y"]
+    torch.testing.assert_close(total, expected(), rtol=1e-12, atol=0)
+    assert batch.where("u", 2.5).mask.tolist() == [[False] * 3, [True, False, False]]
+    assert batch.where("x0", 1.0).mask.tolist() == [[False, True, False], [False] * 3]
+    assert scans.where("x0", 0.0).mask.tolist() == [[True, False, False], [False] * 3]
+    assert batch.mask.sum() == 4 and scans.y is batch.y and scans.schema is batch.schema
+    with pytest.raises(ValueError, match="the level 'pet' was not seen before; known levels: 'count', 'scan'"):
+        batch.where("kind", "pet")
+    with pytest.raises(ValueError, match="unknown column 'sort'"):
+        batch.where("sort", "scan")
+
+
 def test_everything_comes_from_the_tensors() -> None:
     batch = batch_of(weight=[[1.0, 2.0, 0.5], [3.0]])
     twice = batch.replace(

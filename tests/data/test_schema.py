@@ -49,6 +49,42 @@ def test_code_of_a_level(schema: Schema) -> None:
         schema.code("z", "u")
 
 
+@pytest.fixture
+def several() -> Schema:
+    y = [[[5, 1, 9], [4, 2, 8]], [[7, 3, 6]]]
+    return Tasks.from_arrays([[[1.0], [2.0]], [[3.0]]], y, columns={"kind": [["u", "v"], ["u"]]}).schema
+
+
+def test_output_by_position_and_name(several: Schema, schema: Schema) -> None:
+    assert [several.output(k) for k in (0, 2, -1, -3, "y0", "y2")] == [0, 2, -1, -3, 0, 2]
+    assert schema.output(0) == schema.output("y") == 0 and schema.output(-1) == -1
+    for wrong in (3, -4, "y3", "0"):
+        with pytest.raises(ValueError, match=rf"unknown output {wrong!r}; known: 'y0', 'y1', 'y2'\..*counted 0 … 2"):
+            several.output(wrong)
+    with pytest.raises(ValueError, match="unknown output 1; known: 'y'. Outputs are counted 0 … 0"):
+        schema.output(1)
+
+
+def test_only_one_output(several: Schema, schema: Schema) -> None:
+    """As if the other outputs had never been there, but for the row that is the example."""
+    for k, name in ((1, "y1"), ("y1", "y1"), (-1, "y2")):
+        one, index = several.only(k), int(name[1])
+        plain = Tasks.from_arrays([[[1.0]]], [[0]], columns={"kind": [["u"]]}).schema
+        assert (one.y, one.y_shape, one.x, one.columns) == ((name,), (), plain.x, plain.columns)
+        assert (
+            one.placeholder().item() == several.placeholder()[index].item() and one.placeholder().dtype == torch.int64
+        )
+        assert {key: row.shape for key, row in one.example_rows().items()} == {
+            key: row.shape for key, row in plain.example_rows().items()
+        }
+        assert Schema.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert several.y == ("y0", "y1", "y2") and schema.only(0) is schema
+    with pytest.raises(ValueError, match="unknown output 'y9'"):
+        several.only("y9")
+    with pytest.raises(ValueError, match="unknown output 1; known: 'y'"):
+        schema.only(1)
+
+
 def test_names_of_arrays() -> None:
     assert default_names("x", ()) == ("x",)
     assert default_names("x", (2,)) == ("x0", "x1")

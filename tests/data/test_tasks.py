@@ -158,6 +158,29 @@ def test_other_labels_and_copies(tasks: Tasks) -> None:
         tasks.copies([1, 1], names=["s0"])
 
 
+def test_only_one_output() -> None:
+    nan = float("nan")
+    x, names = [[[1.0], [2.0]], [[3.0]]], ["a", "b"]
+    both = Tasks.from_arrays(x, [[[1.0, nan], [2.0, 5.0]], [[nan, 7.0]]], missing="mask", names=names)
+    alone = Tasks.from_arrays(x, [[nan, 5.0], [7.0]], missing="mask", names=names)
+    for k in (1, "y1", -1):
+        one = both.only(k)
+        assert one.names == both.names and one.schema.y == ("y1",) and one.schema.y_shape == ()
+        assert torch.equal(one.observed, alone.observed) and torch.equal(one.y[one.observed], alone.y[alone.observed])
+        batch, want = one.batch([1, 0]), both.batch([1, 0]).only(k)
+        assert all(torch.equal(batch.tensors[key], want.tensors[key]) for key in want.tensors)
+    assert both.schema.y == ("y0", "y1") and both.y.shape == (3, 2) and both.fingerprints() != one.fingerprints()
+    assert one[["b"]].y.tolist() == [7.0] and one.without_rows().batch([0]).y.tolist() == [[one.schema.placeholder()]]
+    with pytest.raises(ValueError, match="unknown output 'y2'; known: 'y0', 'y1'"):
+        both.only("y2")
+
+
+def test_the_one_output_is_the_label(tasks: Tasks) -> None:
+    assert tasks.only(0) is tasks and tasks.only("y") is tasks
+    with pytest.raises(ValueError, match="unknown output 1; known: 'y'. Outputs are counted 0 … 0"):
+        tasks.only(1)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_state_round_trip(tasks: Tasks, named: bool) -> None:
     kept = tasks[1:] if named else unnamed()[1:]

@@ -38,6 +38,10 @@ def softmax_logits(phi: Tensor, x: Tensor) -> Tensor:
     return torch.stack([line(phi, x), 0.5 * line(phi, x) ** 2, torch.zeros_like(x[..., 0])], -1)
 
 
+def location_and_scale(phi: Tensor, x: Tensor) -> Tensor:
+    return torch.stack([line(phi, x), phi[..., 1] - x[..., 0]], -1)
+
+
 def normal(f: Tensor, batch: Batch, shared: Shared) -> Any:
     return dist.Normal(f, shared["sigma"])
 
@@ -48,6 +52,10 @@ def normal_known(f: Tensor, batch: Batch, shared: Shared) -> Any:
 
 def normal_fixed(f: Tensor, batch: Batch, shared: Shared) -> Any:
     return dist.Normal(f, 0.1)
+
+
+def location_scale(f: Tensor, batch: Batch, shared: Shared) -> Any:
+    return dist.Normal(f[..., 0], (2 * f[..., 1]).exp().sqrt())
 
 
 def student(f: Tensor, batch: Batch, shared: Shared) -> Any:
@@ -120,6 +128,7 @@ CASES: dict[str, Case] = {
     "normal": Case(likelihoods.Normal, normal, REALS, **SIGMA),
     "normal, known": Case(lambda: likelihoods.Normal("se"), normal_known, REALS),
     "normal, fixed": Case(lambda: likelihoods.Normal(0.1), normal_fixed, REALS),
+    "location and scale": Case(likelihoods.LocationScale, location_scale, REALS, predictor=location_and_scale),
     "student": Case(
         lambda: likelihoods.StudentT(prior_scale=0.1),
         student,
@@ -284,7 +293,7 @@ def test_sampling_under_vmap_has_the_mean_of_the_outcome(name: str) -> None:
     else:
         mean, variance = outcome.mean, outcome.variance
     z = (y.mean(0) - mean) / (variance / draws).sqrt()
-    # 12 entries a case, 13 cases: the largest of 156 standard normals.
+    # 12 entries a case, 14 cases: the largest of 168 standard normals.
     assert z.abs().max().item() < 4.5
 
 
@@ -370,6 +379,8 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
         likelihoods.Categorical().distribution(torch.zeros(3, 4), batch, {})
     with pytest.raises(ValueError, match=r"of shape \(3, 4, 5\).*got \(3, 4, 6\)"):
         likelihoods.Categorical(levels=5).distribution(torch.zeros(3, 4, 6), batch, {})
+    with pytest.raises(ValueError, match=r"LocationScale likelihood: .*of shape \(3, 4, 2\).*got \(3, 4\)"):
+        likelihoods.LocationScale().distribution(torch.zeros(3, 4), batch, {})
     assert likelihoods.Normal(1.0).distribution(torch.zeros(3, 1), batch, {}).batch_shape == (3, 4)
 
 
@@ -377,5 +388,7 @@ def test_several_outputs_need_a_function() -> None:
     tasks = Tasks.from_arrays(None, [[[1.0, 2.0]], [[3.0, 4.0]]])
     with pytest.raises(ValueError, match=r"Normal likelihood: expected one output, got labels of shape \(2,\); write"):
         likelihoods.Normal().check(tasks)
+    with pytest.raises(ValueError, match=r"LocationScale likelihood: expected one output, got labels of shape \(2,\)"):
+        likelihoods.LocationScale().check(tasks)
     with pytest.raises(ValueError, match=r"expected one output, got labels of shape \(2,\)"):
         likelihoods.Normal(1.0).distribution(torch.zeros(2, 1), tasks.batch([0, 1]), {})

@@ -22,8 +22,8 @@ from bayesmeta.inference.laplace import (
     MixtureTasks,
     distinct_modes,
     find_modes,
-    modes_of,
     modes_at,
+    modes_of,
     most_typical,
     spread_out,
 )

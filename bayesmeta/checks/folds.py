@@ -1,0 +1,315 @@
+"""Which way of sharing is right for these tasks? Held-out rows and held-out tasks, candidate by candidate.
+
+`compare_sharing` refits every candidate on folds of the rows within each task, and on folds of the tasks; `robust`
+stacks the candidates by folds inside the training rows. The two baselines are in `baselines.py`, weights in
+`stacking.py`, pictures in `sharing_pictures.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bayesmeta.checks.baselines import Baseline, baselines, origin_of
+from bayesmeta.checks.metrics import mean_and_error, per_task
+from bayesmeta.checks.sharing_pictures import differences
+from bayesmeta.checks.stacking import stacking_weights
+from bayesmeta.data.tasks import Tasks
+from bayesmeta.fitting import Fit, fit
+from bayesmeta.hierarchy.model import HierarchicalModel
+from bayesmeta.results.arguments import check_tasks, check_whole
+
+NO_POOLING, COMPLETE_POOLING, LEARNED, ROBUST = "no pooling", "complete pooling", "learned prior", "robust"
+CLEAR = 2.0
+"""Standard errors from 0 beyond which a difference is called one."""
+
+Predictor = Callable[[Tasks, Tasks, bool], np.ndarray]
+"""Given rows of some tasks, rows to predict, and whether the tasks were trained on: log density `(task, M)`."""
+
+
+@dataclass(frozen=True)
+class SharingScores:
+    """Held-out log scores of several ways of sharing, in nats.
+
+    Attributes:
+        names: Tasks.
+        rows: For each candidate the log predictive density of each row given the other folds of its task `(task, M)`,
+            NaN where there is no row.
+        new: For each candidate that of each row of a task left out, given `context` of its rows `(task, M)`; those
+            given are NaN. Empty if no tasks were left out.
+        context: How many rows of a left-out task are given.
+        weights: Stacking weights by candidate, from all rows; empty without `robust`.
+        flagged: For each candidate how many task posteriors it flagged.
+    """
+
+    names: tuple[str, ...]
+    rows: dict[str, np.ndarray]
+    new: dict[str, np.ndarray]
+    context: int
+    weights: dict[str, float]
+    flagged: dict[str, int]
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of the candidates."""
+        return tuple(self.rows)
+
+    def per_task(self, candidate: str, *, new: bool = False) -> np.ndarray:
+        """Mean log score of each task's rows `(task,)`, NaN for a task without scored rows."""
+        return per_task(self._scores(candidate, new))
+
+    def difference(self, one: str, other: str, *, new: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Per task the mean difference of two candidates' log scores, and its standard error over rows, `(task,)`."""
+        differences = self._scores(one, new) - self._scores(other, new)
+        pairs = [mean_and_error(row[~np.isnan(row)]) for row in differences]
+        return np.array([mean for mean, _ in pairs]), np.array([error for _, error in pairs])
+
+    def total(self, candidate: str, *, over: str | None = None, new: bool = False) -> tuple[float, float]:
+        """Mean log score of all rows, or of the paired difference to another candidate, and its standard error."""
+        values = self._scores(candidate, new)
+        values = values if over is None else values - self._scores(over, new)
+        return mean_and_error(values[~np.isnan(values)])
+
+    def _scores(self, candidate: str, new: bool) -> np.ndarray:
+        scores = self.new if new else self.rows
+        if candidate not in scores:
+            what = "left-out tasks" if new else "held-out rows"
+            raise ValueError(f"expected one of {list(scores)} for {what}, got {candidate!r}")
+        return scores[candidate]
+
+    @property
+    def _sharing(self) -> tuple[str, ...]:
+        return tuple(name for name in self.candidates if name != NO_POOLING)
+
+    @property
+    def _best_sharing(self) -> str:
+        return max(self._sharing, key=lambda name: self.total(name)[0])
+
+    @property
+    def best(self) -> str:
+        """The candidate with the highest log score of held-out rows."""
+        return max(self.candidates, key=lambda name: self.total(name)[0])
+
+    def verdicts(self, candidate: str | None = None) -> dict[str, str]:
+        """What sharing does for each task: a candidate, by default the best that shares, against no pooling.
+
+        "sharing helps" or "negative transfer" where the mean difference over rows is more than two standard errors from
+        0, else "no clear difference".
+        """
+        mean, error = self.difference(self._best_sharing if candidate is None else candidate, NO_POOLING)
+        texts = np.where(mean > CLEAR * error, "sharing helps", "no clear difference")
+        texts = np.where(mean < -CLEAR * error, "negative transfer", texts)
+        return dict(zip(self.names, texts.tolist(), strict=True))
+
+    @property
+    def hurt(self) -> tuple[str, ...]:
+        """Tasks that the best way of sharing hurts."""
+        return tuple(name for name, verdict in self.verdicts().items() if verdict == "negative transfer")
+
+    def table(self) -> str:
+        """A line a candidate: log score of rows and of left-out tasks, and the differences to no pooling."""
+        lines = [f"{'candidate':<20} {'rows':>18} {'to no pooling':>18} {'left-out tasks':>18} {'weight':>7}"]
+        for name in self.candidates:
+            cells = [_cell(*self.total(name)), _cell(*self.total(name, over=NO_POOLING))]
+            cells.append(_cell(*self.total(name, new=True)) if name in self.new else "")
+            weight = f"{self.weights[name]:.2f}" if name in self.weights else ""
+            lines.append(f"{name:<20} {cells[0]:>18} {cells[1]:>18} {cells[2]:>18} {weight:>7}".rstrip())
+        hurt = ", ".join(self.hurt) or "none"
+        return "\n".join([*lines, f"tasks that sharing hurts: {hurt}"])
+
+    def plot(self, path: str | None = None) -> Any:
+        """A picture of the differences to no pooling, task by task; saved if a path is given.
+
+        Returns:
+            A matplotlib figure.
+        """
+        found = {name: self.difference(name, NO_POOLING) for name in self._sharing}
+        figure = differences(self.names, found, best=self._best_sharing)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+
+def _cell(mean: float, error: float) -> str:
+    return f"{mean:.3f} ± {error:.3f}"
+
+
+def compare_sharing(
+    models: HierarchicalModel | Mapping[str, Any],
+    tasks: Tasks,
+    *,
+    folds: int = 5,
+    context: int | None = 0,
+    robust: bool = False,
+    method: Any = "amortized",
+    draws: int = 1000,
+    seed: int = 0,
+) -> SharingScores:
+    """Scores ways of sharing on held-out rows and on held-out tasks.
+
+    *no pooling* and *complete pooling* keep the first model's predictor and likelihood: φ_i ~ N(φ̂ of complete pooling,
+    10² I), noise learned from all tasks, and one uncertain φ for all tasks. Where it has weights to train, they are
+    those of its fit.
+
+    Args:
+        models: A model, the *learned prior*, or several by name. The first one is of components.
+        tasks: The tasks; those with a single row are scored without rows of their own.
+        folds: Folds of the rows within each task, and of the tasks.
+        context: Rows of a left-out task that are given; None to leave no tasks out.
+        robust: Add a candidate that stacks all others with weights from `folds` inside the training rows of each fold,
+            so that it is no worse than the better of no pooling and complete pooling by more than noise.
+        method: How models are fitted, as in `bm.fit`.
+        draws: Draws of each posterior.
+        seed: Of folds, fits and draws.
+
+    Returns:
+        Scores with `.table()`, `.verdicts()`, `.hurt`, `.best` and `.plot()`.
+
+    Raises:
+        ValueError: If the first model has no components, names clash, or a task has too few rows.
+
+    References:
+        Yao, Vehtari, Simpson, Gelman: Using Stacking to Average Bayesian Predictive Distributions, 2018,
+        https://doi.org/10.1214/17-BA1091
+    """
+    check_tasks("tasks", tasks)
+    check_whole("folds", folds, 2)
+    check_whole("draws", draws, 1)
+    contest = _Contest(_named(models), method, draws, seed)
+    scores = contest.held_out(tasks, folds, inner=folds if robust else 0)
+    weights: dict[str, float] = {}
+    if robust:
+        plain = {name: values for name, values in scores.items() if name != ROBUST}
+        weights = dict(zip(plain, stacking_weights(np.stack(list(plain.values()))).tolist(), strict=True))
+    flagged = dict(contest.flagged)
+    new = {} if context is None else contest.left_out(tasks, folds, context)
+    return SharingScores(tasks.names, scores, new, context or 0, weights, flagged)
+
+
+def row_folds(tasks: Tasks, folds: int, *, seed: int) -> np.ndarray:
+    """A fold for each row `(R,)`: within each task at random and as even as its rows allow."""
+    generator = np.random.default_rng(seed)
+    parts = [(generator.permutation(int(n)) + generator.integers(folds)) % folds for n in tasks.sizes]
+    return np.concatenate(parts)
+
+
+def _named(models: Any) -> dict[str, Any]:
+    found = dict(models) if isinstance(models, Mapping) else {LEARNED: models}
+    taken = sorted({NO_POOLING, COMPLETE_POOLING, ROBUST} & found.keys())
+    if not found or taken:
+        raise ValueError(f"models: expected models by name, without the names {taken}, got {list(found)}")
+    origin_of(next(iter(found.values())))
+    return found
+
+
+@dataclass
+class _Contest:
+    """Fits all candidates to some tasks and scores others."""
+
+    models: dict[str, Any]
+    method: Any
+    draws: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.flagged = dict.fromkeys([*self.models, NO_POOLING, COMPLETE_POOLING], 0)
+
+    def held_out(self, tasks: Tasks, folds: int, *, inner: int) -> dict[str, np.ndarray]:
+        """Log densities `(task, M)` of all rows, each predicted from the other folds; with `inner`, `ROBUST` too."""
+        fold = row_folds(tasks, folds, seed=self.seed)
+        parts: list[dict[str, np.ndarray]] = []
+        for k in range(folds):
+            target, given = tasks.split_rows(torch.as_tensor(fold == k))
+            scores = {name: predict(given, target, True) for name, predict in self._fitted(given)}
+            if inner:
+                chosen = self._weights(given, inner)
+                scores[ROBUST] = mixed(scores, chosen)
+            parts.append({name: _flat(values, target) for name, values in scores.items()})
+        return {name: _padded(tasks, fold, [part[name] for part in parts]) for name in parts[0]}
+
+    def _weights(self, given: Tasks, folds: int) -> dict[str, float]:
+        """Stacking weights from the rows of `given` alone."""
+        inside = dataclasses.replace(self, seed=self.seed + 1).held_out(given, folds, inner=0)
+        return dict(zip(inside, stacking_weights(np.stack(list(inside.values()))).tolist(), strict=True))
+
+    def left_out(self, tasks: Tasks, folds: int, context: int) -> dict[str, np.ndarray]:
+        """Log densities `(task, M)` of the rows of tasks that were not trained on, but for the rows given."""
+        count = min(folds, len(tasks))
+        fold = np.random.default_rng(self.seed).permutation(len(tasks)) % count
+        found: dict[str, np.ndarray] = {}
+        for k in range(count):
+            new = tasks[np.flatnonzero(fold == k)]
+            given, target = new.context_target(context=context, seed=self.seed)
+            for name, predict in self._fitted(tasks[np.flatnonzero(fold != k)]):
+                scores = found.setdefault(name, np.full((len(tasks), int(max(tasks.sizes))), np.nan))
+                values = predict(given, target, False)
+                scores[np.flatnonzero(fold == k), : values.shape[1]] = values
+        return found
+
+    def _fitted(self, known: Tasks) -> Iterator[tuple[str, Predictor]]:
+        for place, (name, model) in enumerate(self.models.items()):
+            learned = fit(model, known, method=self.method, seed=self.seed, progress=False)
+            if not place:
+                first = learned
+            yield name, self._predictor(name, learned)
+        plain = _with_trained_parts(next(iter(self.models.values())), first)
+        for baseline in baselines(plain, known, draws=self.draws, seed=self.seed):
+            yield baseline.name, self._baseline(baseline)
+
+    def _predictor(self, name: str, learned: Fit) -> Predictor:
+        def predict(given: Tasks, target: Tasks, known: bool) -> np.ndarray:
+            posterior = learned.posterior(given, draws=self.draws, seed=self.seed)
+            self.flagged[name] += sum(map(bool, posterior.flag))
+            sites = learned._density.structure.outcomes
+            return _summed([posterior.predict(target, site=site).log_prob() for site in sites])
+
+        return predict
+
+    def _baseline(self, baseline: Baseline) -> Predictor:
+        def predict(given: Tasks, target: Tasks, known: bool) -> np.ndarray:
+            found, flags = baseline.predict(given, target, known=known)
+            self.flagged[baseline.name] += sum(map(bool, flags))
+            return _summed([one.log_prob() for one in found]) - np.log(baseline.units.y_scale)
+
+        return predict
+
+
+def mixed(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Log density of a mixture of candidates, `(task, M)`."""
+    with np.errstate(divide="ignore"):
+        terms = np.stack([scores[name] + np.log(weight) for name, weight in weights.items()])
+    result: np.ndarray = np.logaddexp.reduce(terms, 0)
+    return result
+
+
+def _with_trained_parts(model: HierarchicalModel, learned: Fit) -> HierarchicalModel:
+    """The model with the predictor's weights as they were trained, frozen; the model itself where there are none."""
+    if "predictor" not in learned.modules:
+        return model
+    return model.with_predictor(learned.modules["predictor"].requires_grad_(False))
+
+
+def _summed(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The log density of all observed labels of a row, NaN where there is none."""
+    stacked = np.stack(parts)
+    return np.where(np.isnan(stacked).all(0), np.nan, np.nansum(stacked, 0))
+
+
+def _flat(values: np.ndarray, tasks: Tasks) -> np.ndarray:
+    """Padded `(task, M)` as one value a row `(R,)`."""
+    return np.concatenate([row[:n] for row, n in zip(values, tasks.sizes, strict=True)])
+
+
+def _padded(tasks: Tasks, fold: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The values of the rows of each fold, put together as `(task, M)`."""
+    flat = np.empty(len(fold))
+    for k, part in enumerate(parts):
+        flat[fold == k] = part
+    padded = np.full((len(tasks), int(max(tasks.sizes))), np.nan)
+    padded[np.arange(padded.shape[1]) < np.asarray(tasks.sizes)[:, None]] = flat
+    return padded

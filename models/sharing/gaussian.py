@@ -1,0 +1,88 @@
+"""The exchangeable Gaussian prior, the dial between independent tasks and one fit of all: φ_i ~ N(θ, S).
+
+The scale of each block is learned (`tau`): τ → 0 is hard sharing, τ → ∞ no sharing. With θ integrated out the tasks'
+covariance is s² I + κ² 11ᵀ, that of regularised multi-task learning; the sum of squared distances between all pairs of
+tasks is its log density for flat θ. A full covariance is the matrix-normal prior with a covariance of the features.
+
+References:
+    Evgeniou, Pontil: Regularized multi-task learning, 2004, https://doi.org/10.1145/1014052.1014067
+    Zhang, Yang: A Survey on Multi-Task Learning, 2021, https://arxiv.org/abs/1707.08114
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+import bayesmeta as bm
+from bayesmeta.models.sharing.blocks import Sharing
+
+HARD = 1e-12
+"""The sd of hard sharing: tasks are alike to numerical precision, and still have parameters."""
+
+
+@dataclass(frozen=True)
+class Gaussian(Sharing):
+    """φ_i ~ N(centre, diag(τ) R diag(τ)).
+
+    Args:
+        scale: None to learn τ, the shared site `tau`; or a number ≥ 0 for all of φ: 0 is hard sharing, a large one
+            makes the tasks independent.
+        by: One τ a "block", or one a "coordinate" of φ.
+        cov: "diag", or "full" to learn the correlations R of φ, the shared site `corr` (a Cholesky factor).
+    """
+
+    scale: float | None = None
+    by: Literal["block", "coordinate"] = "block"
+    cov: Literal["diag", "full"] = "diag"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale is not None and not (isinstance(self.scale, int | float) and 0 <= self.scale < math.inf):
+            raise ValueError(f"Gaussian: expected scale as None or a finite number ≥ 0, got {self.scale!r}")
+        if self.by not in ("block", "coordinate"):
+            raise ValueError(f'Gaussian: expected by="block" or by="coordinate", got {self.by!r}')
+        if self.cov not in ("diag", "full"):
+            raise ValueError(f'Gaussian: expected cov="diag" or cov="full", got {self.cov!r}')
+        if self.cov == "full":
+            self._refuse_correlations()
+
+    def _refuse_correlations(self) -> None:
+        if self.scale == 0:
+            raise ValueError('Gaussian: scale=0 is hard sharing, which has no correlations; use cov="diag"')
+        if self.blocks.d == 1:
+            raise ValueError('Gaussian: one task parameter has no correlations; use cov="diag"')
+
+    @property
+    def shared(self) -> dict[str, Distribution]:
+        """`mu`, `tau` and `corr`, as far as they are learned."""
+        sites = self.centres()
+        if self.scale is None:
+            sites |= self.scales(len(self.blocks.all) if self.by == "block" else self.d)
+        if self.cov == "full":
+            sites["corr"] = dist.LKJCholesky(self.d, torch.tensor(1.0))
+        return sites
+
+    def distribution(self, shared: Mapping[str, Tensor], batch: bm.Batch) -> Distribution:
+        """Normal or multivariate normal."""
+        centre, tau = self.blocks.centre(shared), self.tau(shared)
+        if self.cov == "full":
+            return dist.MultivariateNormal(centre, scale_tril=tau.unsqueeze(-1) * shared["corr"])
+        return dist.Normal(centre, tau).to_event(1)
+
+    def tau(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """Prior sd of each number of φ `(d,)`."""
+        if self.scale is not None:
+            return torch.full((self.d,), max(float(self.scale), HARD))
+        return shared["tau"][self.blocks.index] if self.by == "block" else shared["tau"]
+
+    def variance(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """τ²."""
+        return self.tau(shared).square()

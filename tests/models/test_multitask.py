@@ -1,0 +1,238 @@
+"""The identities behind the table of schemes, and that every scheme fits, predicts and meets a new task."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bayesmeta as bm
+from bayesmeta.checks.laplace import laplace
+from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.models import conditioning, sharing
+from bayesmeta.models.conditioning.base import Sizes
+
+T, N, D, H = 3, 5, 2, 4
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Any:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def built(options: Any, trunk: nn.Module | None = None, *, features: int = H) -> Any:
+    return options.build(nn.Identity() if trunk is None else trunk, Sizes(features, 1))
+
+
+def phi_of(function: Any, **blocks: Tensor) -> Tensor:
+    """Blocks `(T, *shape)` put together as φ `(T, 1, d)`."""
+    return torch.cat([blocks[block.name].reshape(T, -1) for block in function.blocks.all], 1).unsqueeze(1)
+
+
+def test_concat_is_additive() -> None:
+    """W [x; z] = W_x x + V z."""
+    one, other = built(conditioning.Concat(size=3)), built(conditioning.Additive(size=3))
+    with torch.no_grad():
+        other.layer.weight.copy_(one.layer.weight[:, :H])
+        other.code.weight.copy_(one.layer.weight[:, H:])
+        other.layer.bias.copy_(one.layer.bias)
+    other.head.load_state_dict(one.head.state_dict())
+    phi, x = torch.randn(T, 1, 3), torch.randn(T, N, H)
+    torch.testing.assert_close(one(phi, x), other(phi, x))
+
+
+class Repeated(nn.Module):
+    """Features once for each task."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 1, T)
+
+
+def one_hot_gates(size: int) -> Tensor:
+    return torch.eye(T).repeat_interleave(size, 1)
+
+
+def test_one_hot_gates_are_heads() -> None:
+    """Each task's gate opens its own copy of the features: the parts of one head are the tasks' heads."""
+    gated, heads = built(conditioning.Multiplicative(), Repeated(), features=T * H), built(conditioning.Heads())
+    weight = gated.head.weight.reshape(T, H)
+    phi = phi_of(heads, weight=weight, bias=gated.head.bias.expand(T, 1))
+    x = torch.randn(T, N, H)
+    torch.testing.assert_close(gated(phi_of(gated, scale=one_hot_gates(H)), x), heads(phi, x))
+
+
+def test_one_hot_gates_on_the_input_are_independent_networks() -> None:
+    """A network in blocks, of which a task's gate feeds one; the others give 0 where there are no biases."""
+    gated = built(conditioning.Multiplicative(), Repeated(), features=T * D)
+    first, last = torch.randn(T, H, D), torch.randn(T, 1, H)
+    wide, head = nn.Linear(T * D, T * H, bias=False), nn.Linear(T * H, 1, bias=False)
+    with torch.no_grad():
+        wide.weight.copy_(torch.block_diag(*first))
+        head.weight.copy_(torch.cat([*last], 1))
+    gated.head = nn.Sequential(wide, nn.Tanh(), head)
+    own = built(conditioning.Networks(), nn.Sequential(nn.Linear(D, H, bias=False), nn.Tanh()))
+    weights = dict(own.net.named_parameters())
+    differences = {
+        "0_0_weight": first - weights["0.0.weight"],
+        "1_weight": last - weights["1.weight"],
+        "1_bias": -weights["1.bias"].expand(T, 1),
+    }
+    x = torch.randn(T, N, D)
+    torch.testing.assert_close(gated(phi_of(gated, scale=one_hot_gates(D)), x), own(phi_of(own, **differences), x))
+
+
+def prior(options: sharing.Sharing, d: int, centre: float | None = None) -> sharing.Sharing:
+    return options.over(sharing.Blocks((sharing.Block("all", (d,), centre),)))
+
+
+def test_squared_distances_of_pairs_are_the_gaussian_prior() -> None:
+    """Σ_{i<j} ‖φ_i − φ_j‖² = T Σ ‖φ_i − φ̄‖² = −2 T s² log p(φ | θ) at the best θ, but for a constant."""
+    s, batch = 0.7, None
+    given = prior(sharing.Gaussian(scale=s), 2)
+
+    def scores(phi: Tensor) -> tuple[float, float]:
+        pairs = sum(float((phi[i] - phi[j]).square().sum()) for i in range(T) for j in range(i))
+        fn: Any = given.distribution({"mu": phi.mean(0)}, batch)  # type: ignore[arg-type]
+        return pairs, -2 * T * s**2 * float(fn.log_prob(phi).sum())
+
+    (pairs, prior_term), (others, other_term) = scores(torch.randn(T, 2)), scores(torch.randn(T, 2))
+    assert pairs - others == pytest.approx(prior_term - other_term)
+
+
+def test_the_exchangeable_covariance_is_theta_integrated_out() -> None:
+    """log p(φ | θ) + log p(θ) − log p(θ | φ) is the density of N(0, s² I + κ² 11ᵀ), for every θ."""
+    s, kappa = 0.7, 1.9
+    given, phi = prior(sharing.Gaussian(scale=s, loc_scale=kappa), 1), torch.randn(T, 1)
+    together = torch.distributions.MultivariateNormal(torch.zeros(T), s**2 * torch.eye(T) + kappa**2 * torch.ones(T, T))
+    precision = T / s**2 + 1 / kappa**2
+    posterior = torch.distributions.Normal(phi.sum() / s**2 / precision, precision**-0.5)
+    for theta in torch.randn(4, 1):
+        fn: Any = given.distribution({"mu": theta}, None)  # type: ignore[arg-type]
+        site: Any = given.shared["mu"]
+        evidence = fn.log_prob(phi).sum() + site.log_prob(theta) - posterior.log_prob(theta).sum()
+        torch.testing.assert_close(evidence, together.log_prob(phi[:, 0]))
+
+
+def test_cross_stitch_is_coregionalisation() -> None:
+    """Independent standard normal weights of the streams: Cov(f_i(x), f_k(x')) = (A Aᵀ)_ik x·x'."""
+    function = built(conditioning.Stitch(streams=2), nn.Linear(D, 1, bias=False), features=1)
+    nn.init.ones_(function.head.weight)
+    nn.init.zeros_(function.head.bias)
+    mixing, x = torch.randn(T, 2), torch.randn(N, D)
+    streams = [part[0].weight for part in function.layers[0]]
+    f = function(phi_of(function, stitch_0=mixing), x.expand(T, N, D))[..., 0].flatten()
+    grads = [torch.autograd.grad(value, streams, retain_graph=True) for value in f]
+    slopes = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in grads])
+    torch.testing.assert_close(slopes @ slopes.mT, torch.kron(mixing @ mixing.mT, x @ x.mT))
+
+
+def lines(count: int = 8, *, seed: int = 0) -> bm.Tasks:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, 6, D))
+    slope = np.array([1.0, -1.0]) + 0.5 * rng.normal(size=(count, D))
+    y = np.einsum("tnd,td->tn", x, slope) + 0.3 * rng.normal(size=(count, 6))
+    return bm.Tasks.from_arrays(list(x), list(y), names=[f"t{i}" for i in range(count)])
+
+
+def task_means(scale: float, tasks: bm.Tasks, mu: Tensor) -> np.ndarray:
+    """Posterior means of all heads given μ, with the noise known."""
+    model = bm.models.multitask(
+        features=D, sharing=sharing.Gaussian(scale=scale), likelihood=bm.likelihoods.Normal(0.3)
+    )
+    density = TaskDensity(model, tasks)
+    with torch.no_grad():
+        noise = laplace(density, tasks, mu.unsqueeze(0)).posterior.loc[0]
+    return (mu + scale * noise).numpy()
+
+
+def test_scales_lead_from_one_fit_to_independent_ones() -> None:
+    tasks, mu = lines(), torch.tensor([0.9, -0.7, 0.1])
+    np.testing.assert_allclose(task_means(1e-9, tasks, mu), mu.expand(8, -1), atol=1e-12)
+    alone = []
+    for task in tasks:
+        rows = np.column_stack([task.x.numpy(), np.ones(6)])
+        alone.append(np.linalg.lstsq(rows, task.y.numpy(), rcond=None)[0])
+    np.testing.assert_allclose(task_means(1e6, tasks, mu), np.array(alone), atol=1e-9)
+
+
+def test_hard_sharing_is_one_regression() -> None:
+    """Scale 0: the posterior of the one φ is that of all rows together."""
+    tasks = lines()
+    model = bm.models.multitask(features=D, conditioning="hard", likelihood=bm.likelihoods.Normal(0.3))
+    fit = bm.fit(model, tasks, method=bm.Marginal(chains=2, draws=500, warmup=300), seed=0, progress=False)
+    rows = np.column_stack([tasks.x.numpy(), np.ones(len(tasks.y))])
+    covariance = np.linalg.inv(rows.T @ rows / 0.09 + np.eye(3) / 100)
+    mean = covariance @ rows.T @ tasks.y.numpy() / 0.09
+    sd = np.sqrt(np.diag(covariance))
+    z = (fit.shared.mean("mu") - mean) / sd * math.sqrt(1000 * min(1.0, fit.shared.ess))
+    assert np.abs(z).max() < 4 and np.abs(fit.shared.sd("mu") / sd - 1).max() < 0.15
+    post = fit.posterior(tasks, draws=500)
+    assert post.predict(tasks).mean.shape == (8, 6)
+
+
+def trunk() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh())
+
+
+SCHEMES = ("multi_head", "independent", "concat", "additive", "multiplicative", "film", "gates", "experts", "sluice")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_conditioning_fits_and_meets_a_new_task(scheme: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    tasks = lines()
+    model = bm.models.multitask(trunk(), conditioning=scheme)
+    fit = bm.fit(model, tasks, method=bm.Amortized(optimizer=bm.Optimizer(steps=40)), seed=0, progress=False)
+    new = tasks.copies([0, 1], names=["new", "newer"])
+    for some in (tasks, new):
+        post = fit.posterior(some, draws=40, refine="none")
+        assert post.mean("phi").shape == (len(some), model.sharing.d)
+        assert np.isfinite(post.predict(some).mean).all()
+
+
+@pytest.mark.parametrize("name", ["gaussian", "laplace", "factors", "clusters"])
+def test_every_sharing_prior_fits_and_meets_a_new_task(name: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    tasks = lines()
+    model = bm.models.multitask(features=D, sharing=name)
+    fit = bm.fit(model, tasks, method=bm.Amortized(optimizer=bm.Optimizer(steps=40)), seed=0, progress=False)
+    new = tasks.copies([0, 1], names=["new", "newer"])
+    for some in (tasks, new):
+        post = fit.posterior(some, draws=40, refine="none")
+        assert np.isfinite(post.mean("phi")).all() and np.isfinite(post.predict(some).mean).all()
+    assert fit.prior(draws=5).draws("phi").shape[0] == 5
+
+
+def test_weights_do_not_touch_the_global_seed() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one, other = (bm.models.multitask(trunk(), conditioning="film", seed=3) for _ in range(2))
+    torch.testing.assert_close(one.function.head.weight, other.function.head.weight)
+    torch.set_rng_state(before)
+    bm.models.multitask(features=2, conditioning="film", seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "expected features="),
+        ({"features": 0}, "whole number ≥ 1"),
+        ({"features": 2, "conditioning": "heads"}, "'multi_head'"),
+        ({"features": 2, "sharing": "normal"}, "bm.models.sharing"),
+        ({"features": 2, "conditioning": "hard", "sharing": "laplace"}, "leave it out"),
+        ({"features": 2, "conditioning": "experts"}, "trunk with weights"),
+        ({"features": 2, "conditioning": "sluice"}, "trunk with weights"),
+        ({"features": 2, "likelihood": bm.likelihoods.Categorical()}, "levels="),
+    ],
+)
+def test_what_does_not_fit_together(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        bm.models.multitask(**options)
