@@ -107,3 +107,22 @@ def test_radon(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> No
     assert abs(share - 0.9) < 4 * error
     assert "complete pooling" in capsys.readouterr().out
     assert np.isfinite(result.score("learned prior", 5, "log score")[0])
+
+
+def test_mixed_outputs() -> None:
+    """120 effects: four standard errors of a share of .9 are .11."""
+    found = load("mixed_outputs").main(steps=STEPS, progress=False)
+    assert 0.79 < found["inside"] < 1.0
+    assert found["error"] < found["error of the mean"]
+
+
+def test_county_kinds() -> None:
+    """364 homes: four standard errors of a share of .9 are .063."""
+    assert 0.83 < load("county_kinds").main(steps=STEPS, progress=False)["inside"] < 0.97
+
+
+def test_task_clusters() -> None:
+    """The groups are found; sharing everything costs more than it gains."""
+    found = load("task_clusters").main(folds=2, draws=200, picture=None)
+    assert found["within"] > 0.8 and found["between"] < -0.5
+    assert found["gain"] > 0 and found["pooling"] < 0

@@ -142,6 +142,16 @@ class Sharing(bm.priors.Prior, abc.ABC):
         return {"tau": dist.HalfNormal(torch.full((count,), self.sd_scale)).to_event(1)}
 
 
+OFF_CENTRE = 0.2
+"""Of the prior sd: where signs and labels may change places 0 is a saddle, at which an optimiser would not move."""
+
+
+def off_centre(rows: int, d: int) -> Tensor:
+    """A fixed pattern of small numbers `(rows, d)`, all rows different, of length `OFF_CENTRE` a number."""
+    pattern = torch.randn(rows, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return OFF_CENTRE * pattern.to(torch.get_default_dtype())
+
+
 def correlation(draws: Tensor) -> Tensor:
     """E[uᵢ·uⱼ] over draws `(S, T, k)`, divided by the root mean squares of both: `(T, T)`."""
     product = torch.einsum("sik,sjk->ij", draws, draws)

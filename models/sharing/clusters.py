@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import bayesmeta as bm
-from bayesmeta.models.sharing.blocks import Sharing, positive, whole
+from bayesmeta.models.sharing.blocks import Sharing, off_centre, positive, whole
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Clusters(Sharing):
     """φ_i ~ Σ_k w_k N(centre + shift_k, diag(τ²)), τ one a block.
 
     Shared sites: `mu`; `tau`; `weights` (count,) ~ Dirichlet(`concentration`); `shifts` (count, d) ~
-    Normal(0, `sd_scale`).
+    Normal(0, `sd_scale`), but for a fixed .2 sds or so, which tells clusters apart.
 
     Args:
         count: Number of clusters, ≥ 2; those that are not needed get little weight.
@@ -49,7 +49,7 @@ class Clusters(Sharing):
             **self.centres(),
             **self.scales(len(self.blocks.all)),
             "weights": dist.Dirichlet(torch.full((self.count,), float(self.concentration))),
-            "shifts": dist.Normal(torch.zeros(self.count, self.d), self.sd_scale).to_event(2),
+            "shifts": dist.Normal(self.sd_scale * off_centre(self.count, self.d), self.sd_scale).to_event(2),
         }
 
     def distribution(self, shared: Mapping[str, Tensor], batch: bm.Batch) -> Distribution:

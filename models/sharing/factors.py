@@ -24,14 +24,15 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import bayesmeta as bm
-from bayesmeta.models.sharing.blocks import Sharing, correlation, whole
+from bayesmeta.models.sharing.blocks import Sharing, correlation, off_centre, whole
 
 
 @dataclass(frozen=True)
 class Factors(Sharing):
     """φ_i ~ N(centre, FᵀF + diag(τ²)), τ one a block.
 
-    Shared sites: `mu`, `tau` and `factors` F (rank, d) ~ Normal(0, `sd_scale`).
+    Shared sites: `mu`, `tau` and `factors` F (rank, d) ~ Normal(0, `sd_scale`), but for a fixed .2 sds or so, which
+    tells signs apart.
 
     Args:
         rank: Number of factors.
@@ -46,7 +47,7 @@ class Factors(Sharing):
     @property
     def shared(self) -> dict[str, Distribution]:
         """`mu`, `tau` and `factors`."""
-        factors = dist.Normal(torch.zeros(self.rank, self.d), self.sd_scale).to_event(2)
+        factors = dist.Normal(self.sd_scale * off_centre(self.rank, self.d), self.sd_scale).to_event(2)
         return {**self.centres(), **self.scales(len(self.blocks.all)), "factors": factors}
 
     def distribution(self, shared: Mapping[str, Tensor], batch: bm.Batch) -> Distribution:
