@@ -40,7 +40,7 @@ def outputs(rows: int, seed: int) -> bm.Tasks:
 
 
 def main(
-    *, rows: int = 8, folds: int = 3, draws: int = 500, picture: str | None = "task_clusters.png"
+    *, rows: int = 12, folds: int = 3, draws: int = 500, picture: str | None = "task_clusters.png"
 ) -> dict[str, float]:
     """Compares ways of sharing; returns the gain of the learned covariance and how clearly it finds the groups.
 
