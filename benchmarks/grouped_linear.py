@@ -118,13 +118,14 @@ def compare(given: Sequence[Task], held_out: Sequence[Task]) -> dict[str, Score]
         return Score.of(y, mean, variance)
 
     return {
-        "hierarchy": _predicted(prior, given, held_out),
+        "hierarchy": predicted(prior, given, held_out),
         "complete pooling": normal([pooled] * len(given)),
         "no pooling": normal(alone),
     }
 
 
-def _predicted(prior: LinearHierarchy, given: Sequence[Task], held_out: Sequence[Task]) -> Score:
+def predicted(prior: LinearHierarchy, given: Sequence[Task], held_out: Sequence[Task]) -> Score:
+    """Scores what a learned prior predicts of held-out rows, given some of each task."""
     found = [prior.predict(a.x, a.y, b.x) for a, b in zip(given, held_out, strict=True)]
     mean, variance = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return Score.of(np.concatenate([task.y for task in held_out]), mean, variance)
@@ -139,7 +140,7 @@ def unseen(tasks: Sequence[Task], seed: int) -> dict[str, Score]:
     most = max(CONTEXTS)
     cut = list(splits(new, [most] * len(new), seed))
     return {
-        f"{count} pupils": _predicted(prior, [a.rows(np.arange(count)) for a, _ in cut], [b for _, b in cut])
+        f"{count} pupils": predicted(prior, [a.rows(np.arange(count)) for a, _ in cut], [b for _, b in cut])
         for count in CONTEXTS
     }
 
