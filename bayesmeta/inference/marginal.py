@@ -120,7 +120,8 @@ class Marginal:
         """The draws of θ, and others at which a point estimate's evidence is looked at."""
         count, values = self.chains * self.draws, list(mode.values.values())
         if self.shared == "map":
-            around = _equal(mode.shared().sample(count).detach(), "sampled")
+            exact = evidence.kind == "closed form"
+            around = None if exact else _equal(mode.shared().sample(count).detach(), "sampled")
             return _equal(mode.theta.expand(count, -1), "plug-in"), around
 
         def score(theta: Tensor) -> Tensor:
