@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity, read
-from bayesmeta.hierarchy.model import ConditionalModel
+from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.inference.amortized import Amortized
@@ -209,6 +209,8 @@ class Fit:
         check_whole("seed", seed, 0)
         check_tasks("posterior", tasks)
         tasks = tasks.aligned(self._training.schema)
+        if isinstance(self._density.model, HierarchicalModel):
+            self._density.model.check(tasks)
         enough = max(draws, LEAST_DRAWS)
         with seeded(seed), torch.no_grad():
             if shared is not None:

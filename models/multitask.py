@@ -102,15 +102,20 @@ def multitask(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         function = chosen.build(nn.Identity() if trunk is None else trunk, sizes)
+    function, observed = _with_units(function, observed, noise, standardize)
+    function.scalar = width(observed) == 1 and not isinstance(observed, bm.likelihoods.Outputs)
+    return Multitask(chosen, prior.over(function.blocks), function, observed)
+
+
+def _with_units(function: Conditioned, observed: Any, noise: str, standardize: Any) -> tuple[Conditioned, Any]:
+    if noise not in ("shared", "task"):
+        raise ValueError(f'multitask: expected noise="shared" or noise="task", got {noise!r}')
+    if not isinstance(standardize, bm.Tasks | None):
+        raise ValueError(f"multitask: expected standardize as Tasks or None, got {standardize!r}")
     if noise == "task":
         observed, places = own_noise(observed)
         function = OwnNoise(function, places)
-    elif noise != "shared":
-        raise ValueError(f'multitask: expected noise="shared" or noise="task", got {noise!r}')
-    if standardize is not None:
-        function, observed = standardized(function, observed, standardize)
-    function.scalar = width(observed) == 1 and not isinstance(observed, bm.likelihoods.Outputs)
-    return Multitask(chosen, prior.over(function.blocks), function, observed)
+    return (function, observed) if standardize is None else standardized(function, observed, standardize)
 
 
 class Multitask(bm.HierarchicalModel):
@@ -136,6 +141,10 @@ class Multitask(bm.HierarchicalModel):
         Args:
             posterior: Of training tasks, whose draws are joint.
         """
+        if isinstance(self.sharing, sharings.Gaussian) and self.sharing.scale == 0:
+            raise ValueError("similarity: expected tasks with parameters of their own, got hard sharing: all are alike")
+        if not posterior.joint:
+            raise ValueError("similarity: expected training tasks, whose draws are joint, got new ones")
         shared = {name: _tensor(posterior.shared[name]) for name in self.sharing.shared}
         return self.sharing.similarity(_tensor(posterior.draws("phi")), shared).numpy()
 
@@ -149,8 +158,10 @@ class Multitask(bm.HierarchicalModel):
         """A picture of the learned scale of each block of φ, in units of φ; saved if a path is given.
 
         Raises:
-            ValueError: If the scale is fixed.
+            ValueError: If the scale is fixed, or no fit is given.
         """
+        if not isinstance(fit, bm.Fit):
+            raise ValueError(f"plot_scales: expected the fit, got {type(fit).__name__}")
         if "tau" not in self.sharing.shared:
             raise ValueError("plot_scales: expected a prior that learns its scales, got one of fixed scale")
         draws = np.asarray(fit.shared.draws("tau"))
@@ -198,13 +209,18 @@ def _sharing(conditioning: Any, sharing: Any) -> Sharing:
 
 
 def _features(trunk: nn.Module | None, features: int | None) -> int:
-    if features is not None:
-        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-            raise ValueError(f"multitask: expected features as a whole number ≥ 1, got {features!r}")
-        return features
-    widths = [
-        part.out_features for part in (trunk.modules() if trunk is not None else ()) if isinstance(part, nn.Linear)
-    ]
+    if trunk is not None and not isinstance(trunk, nn.Module):
+        raise ValueError(f"multitask: expected trunk as a module, nn.Linear(…), or None, got {trunk!r}")
+    if features is None:
+        return _last_width(trunk)
+    if isinstance(features, bool) or not isinstance(features, int) or features < 1:
+        raise ValueError(f"multitask: expected features as a whole number ≥ 1, got {features!r}")
+    return features
+
+
+def _last_width(trunk: nn.Module | None) -> int:
+    parts = () if trunk is None else trunk.modules()
+    widths = [part.out_features for part in parts if isinstance(part, nn.Linear)]
     if not widths:
         raise ValueError(
             "multitask: expected features=, the numbers a row has after the trunk (without a trunk the length of x); "

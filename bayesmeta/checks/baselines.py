@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from bayesmeta.checks.adaptive import adaptive_draws
 from bayesmeta.checks.laplace import laplace, log_likelihood
+from bayesmeta.data.schema import COLUMN, TASK_COLUMN
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.likelihoods import Normal, StudentT
@@ -72,25 +71,17 @@ class Units:
 
     def tasks(self, tasks: Tasks) -> Tasks:
         """The same tasks in standardised units."""
-        y = np.where(tasks.observed.numpy(), (tasks.y.double().numpy() - self.y_loc) / self.y_scale, np.nan)
-        x = (tasks.x.double().numpy() - self.x_loc) / self.x_scale
-        return Tasks.from_arrays(
-            _pieces(tasks, x) if tasks.x.numel() or tasks.schema.x else None,
-            _pieces(tasks, y),
-            columns={name: _pieces(tasks, values) for name, values in self._columns(tasks.columns).items()},
-            task_columns=self._columns(tasks.task_columns),
-            names=tasks.names,
-            weight=None if tasks.weight is None else _pieces(tasks, tasks.weight.numpy()),
-            task_weight=None if tasks.task_weight is None else tasks.task_weight.numpy(),
-            missing="mask",
-        )
+        x = (tasks.x.double() - torch.as_tensor(self.x_loc)) / torch.as_tensor(self.x_scale)
+        changed = {"x": x, "y": (tasks.y.double() - self.y_loc) / self.y_scale} if self.changing else {}
+        for kind, columns in ((COLUMN, tasks.columns), (TASK_COLUMN, tasks.task_columns)):
+            if self.scale_column in columns:
+                changed[f"{kind}{self.scale_column}"] = columns[self.scale_column] / self.y_scale
+        return tasks.with_values(changed)
 
-    def _columns(self, columns: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Columns as arrays; known standard errors in units of y."""
-        arrays = {name: value.numpy() for name, value in columns.items()}
-        if self.scale_column in arrays:
-            arrays[self.scale_column] = arrays[self.scale_column] / self.y_scale
-        return arrays
+    @property
+    def changing(self) -> bool:
+        """Whether they differ from the user's."""
+        return bool(np.any(self.x_loc != 0) or np.any(self.x_scale != 1) or self.y_loc != 0 or self.y_scale != 1)
 
     def likelihood(self, likelihood: Any) -> Any:
         """The same likelihood for standardised labels."""
@@ -100,11 +91,6 @@ class Units:
         if isinstance(likelihood, Normal) and isinstance(likelihood.scale, int | float):
             changes["scale"] = likelihood.scale / self.y_scale
         return dataclasses.replace(likelihood, **changes)
-
-
-def _pieces(tasks: Tasks, values: np.ndarray) -> list[np.ndarray]:
-    """Values of all rows, cut into one array a task."""
-    return [values[start:stop] for start, stop in pairwise(tasks.offsets.tolist())]
 
 
 class Baseline:
@@ -130,8 +116,8 @@ class Baseline:
     def __init__(
         self, model: HierarchicalModel, known: Tasks, *, centre: np.ndarray, draws: int = 4000, seed: int = 0
     ) -> None:
-        plain = isinstance(model.predictor, torch.nn.Module)
-        self.units, self.draws, self.seed = Units.none() if plain else Units.of(model, known), draws, seed
+        own = isinstance(model.predictor, torch.nn.Module) and bool(model.predictor.state_dict())
+        self.units, self.draws, self.seed = Units.none() if own else Units.of(model, known), draws, seed
         self._schema, self._centre = known.schema, centre
         tasks = self.units.tasks(known)
         variant = copy.copy(model)
@@ -189,7 +175,8 @@ class NoPooling(Baseline):
 
     def _infer(self, tasks: Tasks) -> SharedDraws:
         def log_target(theta: Tensor) -> Tensor:
-            return self._log_prior(theta) + laplace(self.density, tasks, theta).log_evidence.sum(1)
+            found = laplace(self.density, tasks, theta, strict=False)
+            return self._log_prior(theta) + found.log_evidence.sum(1)
 
         return adaptive_draws(log_target, *self.density.prior_scale(), draws=THETA_DRAWS)
 
@@ -241,7 +228,9 @@ class CompletePooling(Baseline):
         both = _resampled(self.shared, self.draws).unsqueeze(1).expand(-1, len(context), -1)
         theta, noise = both[..., :-dim], both[..., -dim:]
         if known:
-            return theta, noise, [""] * len(context)
+            good = self.shared.status == "corrected"
+            said = "" if good else f"complete pooling: θ's weights fail, k̂ {self.shared.khat:.2f}"
+            return theta, noise, [said] * len(context)
         index, flags = _choose(log_likelihood(self.density, context, theta[:, 0], noise))
         every = torch.arange(len(context))
         return theta[index, every], noise[index, every], flags

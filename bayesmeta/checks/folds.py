@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bayesmeta.checks.baselines import Baseline, baselines, origin_of
-from bayesmeta.checks.metrics import mean_and_error, per_task
+from bayesmeta.checks.metrics import clustered_mean, mean_and_error, per_task
 from bayesmeta.checks.sharing_pictures import differences
 from bayesmeta.checks.stacking import stacking_weights
 from bayesmeta.data.tasks import Tasks
@@ -70,10 +70,12 @@ class SharingScores:
         return np.array([mean for mean, _ in pairs]), np.array([error for _, error in pairs])
 
     def total(self, candidate: str, *, over: str | None = None, new: bool = False) -> tuple[float, float]:
-        """Mean log score of all rows, or of the paired difference to another candidate, and its standard error."""
+        """Mean log score of all rows, or of the paired difference to another candidate, and its standard error.
+
+        Rows of a task hang together: the error is that of a mean over tasks.
+        """
         values = self._scores(candidate, new)
-        values = values if over is None else values - self._scores(over, new)
-        return mean_and_error(values[~np.isnan(values)])
+        return clustered_mean(values if over is None else values - self._scores(over, new))
 
     def _scores(self, candidate: str, new: bool) -> np.ndarray:
         scores = self.new if new else self.rows
@@ -153,8 +155,9 @@ def compare_sharing(
     """Scores ways of sharing on held-out rows and on held-out tasks.
 
     *no pooling* and *complete pooling* keep the first model's predictor and likelihood: φ_i ~ N(φ̂ of complete pooling,
-    10² I), noise learned from all tasks, and one uncertain φ for all tasks. Where it has weights to train, they are
-    those of its fit.
+    10² I), noise learned from all tasks, and one uncertain φ for all tasks. x and normal labels are standardised for
+    them, unless the predictor has weights or units of its own: weights are those of its fit, and 10 is in its units,
+    so give `multitask` the tasks as `standardize=`. A noise that is part of φ is the task's own without pooling.
 
     Args:
         models: A model, the *learned prior*, or several by name. The first one is of components.

@@ -120,8 +120,9 @@ def _of_prediction(prediction: Prediction, levels: np.ndarray) -> np.ndarray:
         raise ValueError(
             "coverage: expected predictions of rows with labels; pass Tasks to predict: post.predict(target)"
         )
-    batch = prediction.target.batch(np.arange(len(prediction.names)))
-    y = np.where(batch.observed.numpy(), batch.y.double().numpy(), np.nan)
+    batch = prediction.density.labels(prediction.site, prediction.target.batch(np.arange(len(prediction.names))))
+    rows = batch.mask.reshape(*batch.mask.shape, *[1] * (batch.y.dim() - 2))
+    y = np.where((batch.observed & rows).numpy(), batch.y.double().numpy(), np.nan)
     if y.shape != prediction.draws.shape[1:]:
         raise ValueError(
             f"coverage: expected one observed site with the labels' shape {y.shape}, got draws of {prediction.site!r} "

@@ -38,11 +38,13 @@ class Laplace:
     log_evidence: Tensor
 
 
-def laplace(density: TaskDensity, tasks: Tasks, theta: Tensor) -> Laplace:
+def laplace(density: TaskDensity, tasks: Tasks, theta: Tensor, *, strict: bool = True) -> Laplace:
     """Finds the mode and curvature of log p(φ_i, D_i | θ_s) for every θ `(S, d_theta)` and task.
 
+    Without `strict` a θ at which no mode is found has no evidence.
+
     Raises:
-        ValueError: Newton's steps do not converge for some task.
+        ValueError: Newton's steps do not converge for some task, and `strict`.
     """
     dim = density.structure.task_size
     shape = (len(theta), len(tasks))
@@ -51,13 +53,14 @@ def laplace(density: TaskDensity, tasks: Tasks, theta: Tensor) -> Laplace:
     for piece in pieces(density, tasks, theta):
         start = theta.new_zeros(len(piece.theta), len(piece.names), dim)
         modes = find_modes(curvature_of(density, piece.data, piece.theta), start)
-        if not bool(modes.converged.all()):
+        if strict and not bool(modes.converged.all()):
             worst = piece.names[int((~modes.converged).sum(0).argmax())]
             raise ValueError(
                 f"the mode of task {worst!r} was not found by Newton's steps; is its posterior unimodal and its log "
                 "density smooth?"
             )
-        for result, value in ((loc, modes.loc), (factor, modes.factor), (evidence, modes.log_evidence)):
+        found = torch.where(modes.converged, modes.log_evidence, -torch.inf)
+        for result, value in ((loc, modes.loc), (factor, modes.factor), (evidence, found)):
             result[piece.draws, piece.tasks] = value[: piece.keep]
     return Laplace(GaussianTasks(loc, factor), evidence)
 

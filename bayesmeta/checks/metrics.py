@@ -48,6 +48,21 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
+def clustered_mean(values: np.ndarray) -> tuple[float, float]:
+    """Mean of all entries of `(task, M)` that are not NaN and its standard error, rows of a task hanging together.
+
+    With one task rows count as independent.
+    """
+    there = ~np.isnan(values)
+    tasks = there.any(1)
+    if tasks.sum() < 2:
+        return mean_and_error(values[there])
+    mean = float(values[there].mean())
+    sums = np.where(there, values - mean, 0.0).sum(1)[tasks]
+    error = np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / there.sum()
+    return mean, float(error)
+
+
 def ratio_and_error(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
     """Sum over tasks divided by sum over tasks, and its standard error with tasks as clusters.
 

@@ -107,11 +107,11 @@ def posterior_predictive(
         )
     name, function = chosen_statistic(statistic)
     prediction = post.predict(post.tasks, site=site)
-    filled = np.flatnonzero(np.asarray(post.tasks.sizes) > 0)
+    batch = post.density.labels(prediction.site, post.tasks.batch(np.arange(len(post.tasks))))
+    labels, there = batch.y.numpy(), _complete(batch.observed.numpy(), prediction.mask & batch.mask.numpy())
+    filled = np.flatnonzero(there.any(1))
     if not len(filled):
         raise ValueError("posterior_predictive: expected tasks with rows, got none")
-    batch = post.tasks.batch(np.arange(len(post.tasks)))
-    labels, there = batch.y.numpy(), _complete(batch.observed.numpy(), prediction.mask)
     observed, drawn = np.empty(len(filled)), np.empty((len(prediction.draws), len(filled)))
     for place, task in enumerate(filled):
         rows, task_name = there[task], post.names[task]

@@ -362,15 +362,7 @@ class Tasks:
         return Tasks(data, None, torch.arange(len(index)))
 
     def with_labels(self, y: Tensor, *, names: Sequence[str] | None = None) -> Tasks:
-        """Returns tasks with the same inputs and columns and other labels, all observed: simulated data.
-
-        Args:
-            y: Labels of all rows `(R,*dy)`.
-            names: One name a task; by default these names. Unnamed tasks become another collection.
-
-        Raises:
-            ValueError: If the shape differs or names are duplicated.
-        """
+        """Returns tasks with other labels `(R,*dy)`, all observed: simulated data. Unnamed ones become new."""
         if y.shape != self.y.shape:
             raise ValueError(
                 f"y: expected labels of shape {tuple(self.y.shape)}, got {tuple(y.shape)}; give one label a row"
@@ -380,6 +372,12 @@ class Tasks:
         data = replace(self._data, names=labelled, rows=rows, schema=refreshed(self.schema, rows, self._data.per_task))
         unnamed = self._origin is not None and names is None
         return Tasks(data, Origin(data) if unnamed else None, torch.arange(len(self)))
+
+    def with_values(self, values: Mapping[str, Tensor]) -> Tasks:
+        """Returns the same tasks with other tensors, by the names of `Batch.tensors`: the same in other units."""
+        rows = {key: values.get(key, value) for key, value in self._data.rows.items()}
+        per_task = {key: values.get(key, value) for key, value in self._data.per_task.items()}
+        return self._with(replace(self._data, rows=rows, per_task=per_task))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns tensors and JSON-able data from which `from_state` makes the same tasks."""

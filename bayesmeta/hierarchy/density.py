@@ -22,6 +22,7 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy import dependence, whitening
 from bayesmeta.hierarchy.latents import Fixed, Flat, Given, Sampled, Structure, shaped
+from bayesmeta.hierarchy.model import HierarchicalModel
 from bayesmeta.hierarchy.probing import attempt, first_rows, probe
 from bayesmeta.hierarchy.recording import Captured, Recorded, model_context, seeded
 from bayesmeta.hierarchy.tracing import Latents, Learned, Model, Site, Trace, trace_model
@@ -254,6 +255,10 @@ class TaskDensity:
                 return self._trace(data, Fixed(centre))[0]
 
         return run
+
+    def labels(self, site: str, batch: Batch) -> Batch:
+        """The batch with what an observed site observes as its labels, as far as the model says it."""
+        return self.model.likelihood.labels(site, batch) if isinstance(self.model, HierarchicalModel) else batch
 
     def _read(self, tasks: Tasks) -> Structure:
         trace = attempt(self._trial(tasks, 0.0), *first_rows(tasks))

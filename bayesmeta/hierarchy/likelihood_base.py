@@ -70,6 +70,15 @@ class Likelihood(abc.ABC):
         """The observed sites; one by default, `y`."""
         yield Observation("y", self.distribution(f, batch, shared), batch)
 
+    def labels(self, site: str, batch: Batch) -> Batch:
+        """The batch with what a site observes as its labels, other rows masked."""
+        return batch
+
+    def assemble(self, outcomes: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Labels of a batch from simulated outcomes of all sites, `(T, N, *dy)`."""
+        (outcome,) = outcomes.values()
+        return outcome
+
     def requirements(self, tasks: Tasks) -> Iterator[Requirement]:
         """What the data must satisfy; nothing by default."""
         return iter(())

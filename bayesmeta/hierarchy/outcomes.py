@@ -100,6 +100,17 @@ class Outputs(_Several):
             value = piece.squeeze(-1) if part.width == 1 else piece
             yield Observation(site, part.distribution(value, one, self._own(site, shared)), one)
 
+    def labels(self, site: str, batch: Batch) -> Batch:
+        """The batch with the site's output."""
+        return batch.only(dict(zip(self.parts, self.by_output, strict=True))[site])
+
+    def assemble(self, outcomes: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Every output in its place; those that are not modelled stay as they are."""
+        y = batch.y.to(torch.get_default_dtype()).clone()
+        for key, site in zip(self.by_output, self.parts, strict=True):
+            y[:, :, batch.schema.output(key)] = outcomes[site].to(y.dtype)
+        return y
+
     def check(self, tasks: Tasks) -> None:
         """Refuses an output with two likelihoods, and labels that lie outside an output's support."""
         taken = [tasks.schema.output(key) for key in self.by_output]
@@ -145,6 +156,17 @@ class Kinds(_Several):
             some = batch.where(self.column, level)
             outcome = part.distribution(f, some, self._own(site, shared))
             yield Observation(site, outcome, _inside(some, outcome))
+
+    def labels(self, site: str, batch: Batch) -> Batch:
+        """The batch with the rows of the site's kind."""
+        return batch.where(self.column, dict(zip(self.parts, self.by_level, strict=True))[site])
+
+    def assemble(self, outcomes: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Every row from the site of its kind."""
+        y = batch.y.to(torch.get_default_dtype())
+        for site in self.parts:
+            y = torch.where(self.labels(site, batch).mask, outcomes[site].to(y.dtype), y)
+        return y
 
     def check(self, tasks: Tasks) -> None:
         """Refuses kinds without a likelihood, and labels outside the support of their kind's."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.hierarchy.model import ConditionalModel
+from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.results.arguments import check_model, check_tasks, check_whole
@@ -57,6 +57,8 @@ def simulated_labels(density: TaskDensity, batch: Batch, outcomes: Mapping[str, 
     sites = density.structure.outcomes
     if not sites:
         raise ValueError("the model has no observed site to simulate, only factors (pyro.factor)")
+    if isinstance(density.model, HierarchicalModel) and len(sites) > 1:
+        return density.model.likelihood.assemble(outcomes, batch)
     labels = torch.broadcast_tensors(*(outcomes[site] for site in sites))
     drawn = labels[0] if len(labels) == 1 else torch.stack(labels, -1)
     if drawn.numel() != batch.y.numel():

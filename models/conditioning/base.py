@@ -54,7 +54,16 @@ class Conditioning(abc.ABC):
 
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer of each task: h `(T, N, H)`, weight `(T, 1, K, H)`, bias `(T, 1, K)` -> `(T, N, K)`."""
+    """A linear layer of each task: h `(T, N, H)`, weight `(T, 1, K, H)`, bias `(T, 1, K)` -> `(T, N, K)`.
+
+    Raises:
+        ValueError: If h has another number of features than the weights.
+    """
+    if h.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"multitask: expected {weight.shape[-1]} numbers a row, as features= says or the last linear layer, got "
+            f"{h.shape[-1]} from the trunk (without a trunk: from x); give their number as features="
+        )
     return (weight * h.unsqueeze(-2)).sum(-1) + bias
 
 

@@ -36,7 +36,7 @@ class _Networks(Conditioned):
         own = {name: w + parts[name.replace(".", "_")][:, 0] for name, w in self.net.named_parameters()}
 
         def one(weights: dict[str, Tensor], rows: Tensor) -> Tensor:
-            result: Tensor = torch.func.functional_call(self.net, weights, (rows,))
-            return result
+            result: Tensor = torch.func.functional_call(self.net, weights, (rows.unsqueeze(0),))
+            return result.squeeze(0)
 
         return torch.func.vmap(one)(own, x)

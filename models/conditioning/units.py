@@ -98,8 +98,13 @@ def standardized(function: nn.Module, likelihood: Any, tasks: bm.Tasks) -> tuple
     Args:
         function: A `Conditioned`.
         likelihood: Its likelihood, or `Outputs`.
-        tasks: Whose inputs and labels give the units.
+        tasks: Whose inputs (text stays codes) and labels give the units.
+
+    Raises:
+        ValueError: If an output has no labels, or there is a likelihood for each kind of rows.
     """
+    if isinstance(likelihood, bm.likelihoods.Kinds):
+        raise ValueError("standardize: expected one likelihood or Outputs, got Kinds, whose kinds share one scale of f")
     several = isinstance(likelihood, bm.likelihoods.Outputs)
     parts = likelihood.by_output if several else {0: likelihood}
     columns: list[tuple[float, float]] = []
@@ -107,15 +112,23 @@ def standardized(function: nn.Module, likelihood: Any, tasks: bm.Tasks) -> tuple
     for key, part in parts.items():
         one = tasks.only(key)
         y = one.y[one.observed].double()
+        if not len(y):
+            raise ValueError(f"standardize: expected labels of output {key!r}, got none that is observed")
         loc, scale = float(y.mean()), float(y.std(correction=0)) or 1.0
         columns += _columns(part, loc, scale)
         changed[key] = _scaled(part, scale)
-    x = tasks.x.double()
-    x_scale = x.std(0, correction=0)
     f_loc, f_scale = (torch.tensor(values, dtype=torch.float64) for values in zip(*columns, strict=True))
-    units = (x.mean(0), torch.where(x_scale > 0, x_scale, 1.0))
     whole = bm.likelihoods.Outputs(changed) if several else changed[0]
-    return Standardized(function, units, (f_loc, f_scale)), whole  # type: ignore[arg-type]
+    return Standardized(function, _input_units(tasks), (f_loc, f_scale)), whole  # type: ignore[arg-type]
+
+
+def _input_units(tasks: bm.Tasks) -> tuple[Tensor, Tensor]:
+    """Location and scale of inputs; a constant keeps its scale, a code its value."""
+    x = tasks.x.double()
+    scale = x.std(0, correction=0)
+    codes = torch.tensor([name in tasks.schema.levels for name in tasks.schema.x], dtype=torch.bool)
+    codes = codes if x.shape[1:] == codes.shape else torch.zeros(x.shape[1:], dtype=torch.bool)
+    return torch.where(codes, 0.0, x.mean(0)), torch.where((scale > 0) & ~codes, scale, 1.0)
 
 
 def _columns(part: Any, loc: float, scale: float) -> list[tuple[float, float]]:

@@ -89,3 +89,16 @@ def test_calibration_of_the_truth_and_of_overconfidence() -> None:
 
 def test_ties_count_half() -> None:
     assert metrics.pit(np.array([0.0, 1.0, 1.0, 2.0]).reshape(-1, 1, 1), np.array([[1.0]])) == 0.5
+
+
+def test_rows_of_a_task_hang_together() -> None:
+    """Means over rows whose tasks differ scatter by their errors; with one row a task those are the usual ones."""
+    rng = np.random.default_rng(0)
+    found = [metrics.clustered_mean(rng.normal(size=(20, 1)) + 0.1 * rng.normal(size=(20, 15))) for _ in range(400)]
+    means, errors = np.array(found).T
+    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.12)
+    single = rng.normal(size=(30, 1))
+    assert metrics.clustered_mean(single) == pytest.approx(metrics.mean_and_error(single[:, 0]))
+    ragged = np.array([[1.0, 2.0], [4.0, np.nan]])
+    mean, error = metrics.clustered_mean(ragged)
+    assert mean == pytest.approx(7 / 3) and error == pytest.approx(np.sqrt(2 * 2 * (5 / 3) ** 2) / 3)

@@ -231,8 +231,76 @@ def test_weights_do_not_touch_the_global_seed() -> None:
         ({"features": 2, "conditioning": "experts"}, "trunk with weights"),
         ({"features": 2, "conditioning": "sluice"}, "trunk with weights"),
         ({"features": 2, "likelihood": bm.likelihoods.Categorical()}, "levels="),
+        ({"trunk": nn.Linear, "features": 2}, "trunk as a module"),
+        ({"features": 2, "standardize": True}, "standardize as Tasks"),
+        ({"features": 2, "noise": "own"}, 'noise="task"'),
+        ({"features": 2, "noise": "task", "likelihood": bm.likelihoods.Poisson()}, "which learns its noise"),
     ],
 )
 def test_what_does_not_fit_together(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         bm.models.multitask(**options)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_wrong_number_of_features_is_said(width: int) -> None:
+    with pytest.raises(ValueError, match=f"expected {width} numbers a row.*got 2"):
+        bm.fit(bm.models.multitask(features=width), lines(), method=bm.Marginal(shared="map"), progress=False)
+
+
+def test_independent_networks_of_images() -> None:
+    """A trunk that flattens `(T, N, 4, 4)` is the same for every task."""
+    images = torch.randn(T, N, 4, 4)
+    function = built(conditioning.Networks(), nn.Sequential(nn.Flatten(2), nn.Linear(16, H), nn.Tanh()))
+    phi = 0.1 * torch.randn(T, 1, function.blocks.d)
+    weights = dict(function.net.named_parameters())
+    for i in range(T):
+        own = {k: w + function.blocks.split(phi)[k.replace(".", "_")][i, 0] for k, w in weights.items()}
+        want = torch.func.functional_call(function.net, own, (images[i : i + 1],))
+        torch.testing.assert_close(function(phi, images)[i], want[0])
+
+
+def test_pictures_ask_for_what_they_need() -> None:
+    tasks, hard = lines(), bm.models.multitask(features=D, conditioning="hard")
+    method = bm.Marginal(shared="map", chains=1, draws=50)
+    model = bm.models.multitask(features=D)
+    fit = bm.fit(model, tasks, method=method, progress=False)
+    new = fit.posterior(tasks.copies([0, 1], names=["a", "b"]), draws=50)
+    with pytest.raises(ValueError, match="got new ones"):
+        model.similarity(new)
+    with pytest.raises(ValueError, match="hard sharing: all are alike"):
+        hard.similarity(new)
+    with pytest.raises(ValueError, match="learns its scales"):
+        hard.plot_scales(fit)
+    with pytest.raises(ValueError, match="expected the fit"):
+        model.plot_scales(new)  # type: ignore[arg-type]
+    alike = model.similarity(fit.posterior(tasks, draws=50))
+    np.testing.assert_allclose(np.diag(alike), 1.0)
+
+
+def test_standard_units_are_undone_in_predictions() -> None:
+    """Labels in thousands and inputs in hundreds: φ is of order one, predictions are in the user's units."""
+    plain = lines()
+    x = [100 * task.x.numpy() + 300 for task in plain]
+    y = [1000 * task.y.numpy() + 5000 for task in plain]
+    tasks = bm.Tasks.from_arrays(x, y, names=plain.names)
+    method = bm.Marginal(shared="map", chains=1, draws=200)
+    found = []
+    for some, scale, centre in ((plain, 1.0, 0.0), (tasks, 1000.0, 5000.0)):
+        model = bm.models.multitask(features=D, standardize=some)
+        prediction = bm.fit(model, some, method=method, seed=0, progress=False).posterior(some, draws=200).predict(some)
+        found.append(((prediction.mean - centre) / scale, prediction.log_prob() + math.log(scale)))
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-3)
+    np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-3)
+
+
+def test_a_noise_of_each_task_is_found() -> None:
+    """Noise sds from .1 to 1 in tasks of 40 rows: their order and size."""
+    rng = np.random.default_rng(0)
+    sd = np.geomspace(0.1, 1.0, 6)
+    y = 1.0 + sd[:, None] * rng.normal(size=(6, 40))
+    tasks = bm.Tasks.from_arrays(list(rng.normal(size=(6, 40, 1))), list(y))
+    model = bm.models.multitask(features=1, noise="task")
+    fit = bm.fit(model, tasks, method=bm.Marginal(shared="map", chains=1, draws=100), progress=False)
+    post = fit.posterior(tasks, draws=300)
+    np.testing.assert_allclose(post.mean("phi")[:, -1], np.log(y.std(1)), atol=0.25)

@@ -13,6 +13,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from bayesmeta.models.sharing import Block, Blocks, Clusters
+from bayesmeta.models.sharing.blocks import off_centre
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def test_shared_sites() -> None:
     assert shapes == {"mu": (2,), "tau": (2,), "weights": (3,), "shifts": (3, 3)}
     found = {name: fn.log_prob(point()[name]).item() for name, fn in sites.items()}
     assert found["weights"] == pytest.approx(stats.dirichlet([2.0] * 3).logpdf(WEIGHTS))
-    assert found["shifts"] == pytest.approx(stats.norm(0, 0.7).logpdf(SHIFTS).sum())
+    assert found["shifts"] == pytest.approx(stats.norm(0.7 * off_centre(3, 3).numpy(), 0.7).logpdf(SHIFTS).sum())
 
 
 @pytest.mark.parametrize(

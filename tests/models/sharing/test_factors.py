@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from bayesmeta.models.sharing import Block, Blocks, Factors
+from bayesmeta.models.sharing.blocks import off_centre
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_shared_sites() -> None:
     prior, shared = Factors(2, sd_scale=0.7).over(BLOCKS), point(2)
     sites: Any = prior.shared
     assert {name: tuple(fn.event_shape) for name, fn in sites.items()} == {"mu": (2,), "tau": (2,), "factors": (2, 4)}
-    want = stats.norm(0, 0.7).logpdf(shared["factors"].numpy()).sum()
+    want = stats.norm(0.7 * off_centre(2, 4).numpy(), 0.7).logpdf(shared["factors"].numpy()).sum()
     assert sites["factors"].log_prob(shared["factors"]).item() == pytest.approx(want)
 
 
