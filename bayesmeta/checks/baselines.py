@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesmeta.checks.adaptive import adaptive_draws
 from bayesmeta.checks.laplace import laplace, log_likelihood
@@ -55,19 +55,19 @@ class Units:
 
     @classmethod
     def of(cls, model: HierarchicalModel, tasks: Tasks) -> Units:
-        """The units of training tasks."""
+        """The units of training tasks; those of a module's inputs, and of what its weights give, are left alone."""
+        module = model.predictor if isinstance(model.predictor, nn.Module) else None
+        if module is not None and module.state_dict():
+            return cls(np.asarray(0.0), np.asarray(1.0), 0.0, 1.0, None)
         x, y = tasks.x.double().numpy(), tasks.y[tasks.observed].double().numpy()
         scale = x.std(0)
         source = getattr(model.likelihood, "scale", None)
         column = source if isinstance(source, str) else None
         moments = (float(y.mean()), float(y.std()) or 1.0)
         y_loc, y_scale = moments if isinstance(model.likelihood, Normal | StudentT) else (0.0, 1.0)
+        if module is not None:
+            return cls(np.asarray(0.0), np.asarray(1.0), y_loc, y_scale, column)
         return cls(x.mean(0), np.where(scale > 0, scale, 1.0), y_loc, y_scale, column)
-
-    @classmethod
-    def none(cls) -> Units:
-        """Units as they are: a predictor with weights of its own knows no others."""
-        return cls(np.asarray(0.0), np.asarray(1.0), 0.0, 1.0, None)
 
     def tasks(self, tasks: Tasks) -> Tasks:
         """The same tasks in standardised units."""
@@ -116,8 +116,7 @@ class Baseline:
     def __init__(
         self, model: HierarchicalModel, known: Tasks, *, centre: np.ndarray, draws: int = 4000, seed: int = 0
     ) -> None:
-        own = isinstance(model.predictor, torch.nn.Module) and bool(model.predictor.state_dict())
-        self.units, self.draws, self.seed = Units.none() if own else Units.of(model, known), draws, seed
+        self.units, self.draws, self.seed = Units.of(model, known), draws, seed
         self._schema, self._centre = known.schema, centre
         tasks = self.units.tasks(known)
         variant = copy.copy(model)

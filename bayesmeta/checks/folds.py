@@ -156,8 +156,9 @@ def compare_sharing(
 
     *no pooling* and *complete pooling* keep the first model's predictor and likelihood: φ_i ~ N(φ̂ of complete pooling,
     10² I), noise learned from all tasks, and one uncertain φ for all tasks. x and normal labels are standardised for
-    them, unless the predictor has weights or units of its own: weights are those of its fit, and 10 is in its units,
-    so give `multitask` the tasks as `standardize=`. A noise that is part of φ is the task's own without pooling.
+    them; where the predictor is a module, x is not, and where it has weights or units of its own, nothing is: weights
+    are those of its fit, and 10 is in its units, so give `multitask` the tasks as `standardize=`. A noise that is part
+    of φ is the task's own without pooling.
 
     Args:
         models: A model, the *learned prior*, or several by name. The first one is of components.
