@@ -93,12 +93,17 @@ class Likelihood(abc.ABC):
             bad = (~need.ok).nonzero().reshape(-1)
             if len(bad):
                 row = int(bad[0])
-                task = tasks.names[int(torch.searchsorted(tasks.offsets, row, right=True)) - 1]
+                task = task_of_row(tasks, row)
                 raise ValueError(
                     f"{type(self).__name__} likelihood: expected {need.source} {need.expected}, got "
                     f"{need.values[row].item():g} in task {task!r} ({len(bad)} of {len(need.ok)} rows are outside the "
                     "support); correct or drop these rows, or choose a likelihood with another support"
                 )
+
+
+def task_of_row(tasks: Tasks, row: int) -> str:
+    """The name of the task that a row belongs to."""
+    return tasks.names[int(torch.searchsorted(tasks.offsets, row, right=True)) - 1]
 
 
 def labels(tasks: Tasks, likelihood: Likelihood) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy import whitening
 from bayesmeta.hierarchy.binding import as_pyro
-from bayesmeta.hierarchy.likelihood_base import Likelihood, Observation, as_likelihood
+from bayesmeta.hierarchy.likelihood_base import Likelihood, Observation, as_likelihood, rows, task_of_row
 
 
 class _Several(Likelihood, abc.ABC):
@@ -170,12 +170,12 @@ class Kinds(_Several):
 
     def check(self, tasks: Tasks) -> None:
         """Refuses kinds without a likelihood, and labels outside the support of their kind's."""
-        kind = _kind_of_rows(tasks, self.column)
+        kind = rows(tasks, self.column, tasks.y)
         codes = {level: tasks.schema.code(self.column, level) for level in self.by_level}
         known = torch.stack([kind == code for code in codes.values()]).any(0)
         if not bool(known.all()):
             row = int((~known).nonzero()[0])
-            name = tasks.names[int(torch.searchsorted(tasks.offsets, row, right=True)) - 1]
+            name = task_of_row(tasks, row)
             levels = tasks.schema.levels.get(self.column)
             came = levels[int(kind[row])] if levels else kind[row].item()
             raise ValueError(
@@ -196,12 +196,3 @@ def _inside(batch: Batch, outcome: Distribution | Tensor) -> Batch:
         return batch
     y = torch.where(batch.mask, batch.y, safe.to(batch.y.dtype).reshape(safe.shape[:2]))
     return batch.replace({**batch.tensors, "y": y})
-
-
-def _kind_of_rows(tasks: Tasks, column: str) -> Tensor:
-    if column in tasks.columns:
-        return tasks.columns[column]
-    if column in tasks.task_columns:
-        return tasks.task_columns[column].repeat_interleave(tasks.offsets.diff())
-    known = [*tasks.columns, *tasks.task_columns]
-    raise ValueError(f"Kinds: unknown column {column!r}; known: {known}; name it in columns= or task_columns=")

@@ -21,8 +21,8 @@ from bayesmeta.models.sharing.blocks import whole
 
 
 @dataclass(frozen=True)
-class Concat(Conditioning):
-    """f = head(tanh(W [h; z_i])), z_i around 0.
+class _Coded(Conditioning):
+    """A code z_i of each task, around 0, inside a layer behind the trunk.
 
     Args:
         size: Numbers in z_i.
@@ -33,18 +33,31 @@ class Concat(Conditioning):
     def __post_init__(self) -> None:
         whole(self, size=self.size)
 
-    def build(self, trunk: nn.Module, sizes: Sizes) -> Conditioned:
-        """The trunk with a layer and a head."""
-        return _Concat(trunk, sizes, self.size)
 
+class _Layer(Conditioned):
+    """A trunk, a layer of `inputs` numbers and a head, with a code of each task."""
 
-class _Concat(Conditioned):
-    def __init__(self, trunk: nn.Module, sizes: Sizes, size: int) -> None:
+    def __init__(self, trunk: nn.Module, sizes: Sizes, size: int, inputs: int) -> None:
         super().__init__()
         self.trunk, self.blocks = trunk, Blocks((Block("z", (size,), 0.0),))
-        self.layer = nn.Linear(sizes.features + size, sizes.features)
+        self.layer = nn.Linear(inputs, sizes.features)
         self.head = nn.Linear(sizes.features, sizes.outputs)
 
+
+@dataclass(frozen=True)
+class Concat(_Coded):
+    """f = head(tanh(W [h; z_i])), z_i around 0.
+
+    Args:
+        size: Numbers in z_i.
+    """
+
+    def build(self, trunk: nn.Module, sizes: Sizes) -> Conditioned:
+        """The trunk with a layer and a head."""
+        return _Concat(trunk, sizes, self.size, sizes.features + self.size)
+
+
+class _Concat(_Layer):
     def evaluate(self, parts: dict[str, Tensor], x: Tensor) -> Tensor:
         h = self.trunk(x)
         z = parts["z"].expand(*h.shape[:2], -1)
@@ -53,30 +66,22 @@ class _Concat(Conditioned):
 
 
 @dataclass(frozen=True)
-class Additive(Conditioning):
+class Additive(_Coded):
     """f = head(tanh(W h + V z_i)), z_i around 0.
 
     Args:
         size: Numbers in z_i.
     """
 
-    size: int = 4
-
-    def __post_init__(self) -> None:
-        whole(self, size=self.size)
-
     def build(self, trunk: nn.Module, sizes: Sizes) -> Conditioned:
         """The trunk with a layer and a head."""
-        return _Additive(trunk, sizes, self.size)
+        return _Additive(trunk, sizes, self.size, sizes.features)
 
 
-class _Additive(Conditioned):
-    def __init__(self, trunk: nn.Module, sizes: Sizes, size: int) -> None:
-        super().__init__()
-        self.trunk, self.blocks = trunk, Blocks((Block("z", (size,), 0.0),))
-        self.layer = nn.Linear(sizes.features, sizes.features)
+class _Additive(_Layer):
+    def __init__(self, trunk: nn.Module, sizes: Sizes, size: int, inputs: int) -> None:
+        super().__init__(trunk, sizes, size, inputs)
         self.code = nn.Linear(size, sizes.features, bias=False)
-        self.head = nn.Linear(sizes.features, sizes.outputs)
 
     def evaluate(self, parts: dict[str, Tensor], x: Tensor) -> Tensor:
         result: Tensor = self.head(torch.tanh(self.layer(self.trunk(x)) + self.code(parts["z"])))
