@@ -83,7 +83,7 @@ def scales(names: Sequence[str], draws: np.ndarray, *, label: str = "prior sd be
     _log_axis(axis)
     axis.set_yticks(place, names)
     axis.set(xlabel=f"{label}  (left: shared by all, right: each its own)", ylim=(-0.6, len(names) - 0.4))
-    legend(axis)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=FONT - 2, frameon=False)
     return figure
 
 
@@ -91,7 +91,7 @@ def _log_axis(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
 

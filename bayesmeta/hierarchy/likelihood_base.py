@@ -220,4 +220,8 @@ class Custom(Likelihood):
 
 def as_likelihood(likelihood: Likelihood | Callable[..., Any]) -> Likelihood:
     """Returns `likelihood` itself, or the function it is as a `Custom` likelihood."""
+    if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
+        raise ValueError(
+            f"likelihood: expected an object, got the class {likelihood.__name__}; call it: {likelihood.__name__}()"
+        )
     return likelihood if isinstance(likelihood, Likelihood) else Custom(likelihood)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.likelihood_base import Custom, Likelihood, Requirement, as_likelihood, value
+from bayesmeta.hierarchy.likelihoods import Normal
 
 
 class Laplace(Likelihood):
@@ -53,3 +54,8 @@ def test_columns_come_in_the_dtype_of_the_call() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert isinstance(column, Tensor) and column.dtype == torch.float64 and value(batch, 0.1) == 0.1
+
+
+def test_a_class_is_no_likelihood() -> None:
+    with pytest.raises(ValueError, match=r"got the class Normal; call it: Normal\(\)"):
+        as_likelihood(Normal)

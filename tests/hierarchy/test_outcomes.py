@@ -256,7 +256,10 @@ def kinds(**given: Any) -> Tasks:
             Kinds("kind", {"scan": Normal(), "pet": Normal()}),
             "the level 'pet' was not seen before; known levels: 'count'",
         ),
-        (Kinds("sort", {"scan": Normal()}), r"likelihood: unknown column 'sort'; known: \['kind'\]; name it in columns="),
+        (
+            Kinds("sort", {"scan": Normal()}),
+            r"likelihood: unknown column 'sort'; known: \['kind'\]; name it in columns=",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_their_kind_are_refused(likelihood: Kinds, message: str) -> None:
