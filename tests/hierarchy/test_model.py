@@ -263,7 +263,7 @@ def test_modules_are_registered(batch: Batch) -> None:
         ({"conditional": 3}, r"conditional: expected a callable \(phi, shared, context, x\)"),
         ({"prior": 3}, r"prior: expected a callable of \(shared, batch\), got 3"),
         ({"predictor": "line"}, r"predictor: expected a callable of \(phi, x, batch, shared\), got 'line'"),
-        ({"likelihood": likelihoods.Normal}, "likelihood: expected a callable of .*got <class"),
+        ({"likelihood": likelihoods.Normal}, r"got the class Normal; call it: Normal\(\)"),
         ({"likelihood": lambda f, sigma: f}, r"likelihood: .*requires \['sigma'\]; rename them"),
     ],
 )
