@@ -104,6 +104,20 @@ def fit(
         return ConditionalFit(learner, tasks.schema, history, seed=seed, dtype=dtype)
     if hasattr(model, "check"):
         model.check(tasks)
+    return learn(model, tasks, options, seed=seed, dtype=dtype, progress=progress, checkpoint=checkpoint)
+
+
+def learn(
+    model: Model,
+    tasks: Tasks,
+    options: Method,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Fit:
+    """What `fit` does once its arguments are checked; here a single task will do."""
     training = TrainingTasks(tasks)
     with seeded(seed):
         density = read(model, tasks, dtype=dtype)

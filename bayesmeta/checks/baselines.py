@@ -1,15 +1,15 @@
-"""No pooling and complete pooling of a hierarchical model, inferred as exactly as the learned prior.
+"""No pooling and complete pooling of a hierarchical model, by the same inference as any other model: marginal, ladder.
 
 Both keep the model's predictor and likelihood and replace its prior. x and y are standardised with the training
-rows; predictions are in those units. `sharing.py` compares them with the learned prior; nothing is trained here.
+rows; predictions are in those units. `sharing.py` and `folds.py` compare them with the learned prior.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,24 +17,27 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from bayesmeta.checks.adaptive import adaptive_draws
-from bayesmeta.checks.laplace import laplace, log_likelihood
 from bayesmeta.data.schema import COLUMN, TASK_COLUMN
 from bayesmeta.data.tasks import Tasks
+from bayesmeta.fitting import Fit, learn
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.likelihoods import Normal, StudentT
 from bayesmeta.hierarchy.model import HierarchicalModel
 from bayesmeta.hierarchy.priors import Custom
 from bayesmeta.hierarchy.recording import seeded
-from bayesmeta.inference import psis
-from bayesmeta.inference.correction import SharedDraws
-from bayesmeta.results.prediction import Prediction, predict
+from bayesmeta.inference.candidates import BY_DRAW
+from bayesmeta.inference.chunks import task_chunks, theta_chunks
+from bayesmeta.inference.marginal import Marginal
+from bayesmeta.inference.weighing import Parts, TaskDraws, equal_draws, judged
+from bayesmeta.results.posterior import Posterior
+from bayesmeta.results.prediction import Prediction
+from bayesmeta.results.training_tasks import TrainingTasks
 
 PRIOR_SD = 10.0
 """Of every task parameter around its centre, x and y standardised."""
-THETA_DRAWS = 1000
-HEAVY_SHARE = 0.5
-"""Share of proposals from the t(5) version of a task's Gaussian; the others come from the Gaussian."""
+THETA_DRAWS = 400
+"""Draws of the noise: there are as many of φ as are asked for."""
+ALL = "all tasks"
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,11 @@ class Baseline:
         model: Components; its prior is replaced.
         known: Training tasks.
         centre: Centre of the prior `(d,)` in standard units.
-        draws: Draws of a prediction.
+        draws: Draws of a posterior.
         seed: Of all draws.
 
     Attributes:
-        density: The model under the known prior.
-        shared: Weighted draws of what all tasks share.
+        fit: The model under the known prior, fitted by the marginal path.
 
     Raises:
         ValueError: The model is not one of components, its φ has no fixed size, or it has trainable modules.
@@ -117,85 +119,59 @@ class Baseline:
         self, model: HierarchicalModel, known: Tasks, *, centre: np.ndarray, draws: int = 4000, seed: int = 0
     ) -> None:
         self.units, self.draws, self.seed = Units.of(model, known), draws, seed
-        self._schema, self._centre = known.schema, centre
-        tasks = self.units.tasks(known)
-        variant = copy.copy(model)
+        self._tasks = self.units.tasks(known)
+        self._model = copy.copy(model)
         shape = () if np.ndim(centre) == 0 else (1,)
-        variant.prior = Custom(dist.Normal(torch.as_tensor(centre), PRIOR_SD).to_event(len(shape)))
-        variant.likelihood = self.units.likelihood(model.likelihood)
-        self.density = TaskDensity(variant, tasks)
-        if self.density.learned.values:
+        self._model.prior = Custom(dist.Normal(torch.as_tensor(centre), PRIOR_SD).to_event(len(shape)))
+        self._model.likelihood = self.units.likelihood(model.likelihood)
+        self._density = TaskDensity(self._model, self._tasks)
+        if self._density.learned.values:
             raise ValueError(
                 "the predictor has trainable parameters, which no pooling and complete pooling do not train; pass the "
                 "fitted ones, frozen: fit.modules['predictor'].requires_grad_(False)"
             )
-        with seeded(seed), torch.no_grad():
-            self.shared = self._infer(tasks)
+        self.fit = self._fitted()
 
-    def _infer(self, tasks: Tasks) -> SharedDraws:
+    def _fitted(self) -> Fit:
         raise NotImplementedError
 
-    def _pairs(self, context: Tasks, known: bool) -> tuple[Tensor, Tensor, list[str]]:
+    def posterior(self, context: Tasks) -> Posterior:
+        """The posterior of known or new tasks, given in the user's units; in standard units."""
         raise NotImplementedError
 
-    def predict(
-        self, context: Tasks, target: Tasks, *, known: bool = False
-    ) -> tuple[tuple[Prediction, ...], tuple[str, ...]]:
+    def predict(self, context: Tasks, target: Tasks) -> tuple[tuple[Prediction, ...], tuple[str, ...]]:
         """Predicts the rows of `target` given those of `context`, the same tasks; in standard units.
 
         Args:
-            context: Tasks with the rows that are given.
+            context: Tasks with the rows that are given: training tasks, or new ones.
             target: The same tasks with the rows to predict.
-            known: Whether they are the training tasks: what is shared has learned from their rows already.
 
         Returns:
-            A prediction for each observed site, and for each task what is wrong with its weights ("" if nothing).
+            A prediction for each observed site, and for each task what is wrong with its posterior ("" if nothing).
         """
-        context, target = (self.units.tasks(tasks.aligned(self._schema)) for tasks in (context, target))
-        with seeded(self.seed + 1), torch.no_grad():
-            pairs = self._pairs(context, known)
-        at = context.at(target)
-        sites = self.density.structure.outcomes
-        found = tuple(predict(self.density, at, pairs[:2], site=site, seed=self.seed) for site in sites)
-        return found, tuple(pairs[2])
+        posterior = self.posterior(context)
+        at = self._standard(target)
+        found = tuple(posterior.predict(at, site=site) for site in posterior.density.structure.outcomes)
+        return found, tuple(posterior.flag)
 
-    def _log_prior(self, theta: Tensor) -> Tensor:
-        return self.density.log_prior(theta) if theta.shape[1] else theta.new_zeros(len(theta))
+    def _learned(self, tasks: Tasks) -> Fit:
+        return learn(self._model, tasks, Marginal("normal", chains=1, draws=THETA_DRAWS), seed=self.seed)
+
+    def _standard(self, tasks: Tasks) -> Tasks:
+        return self.units.tasks(tasks.aligned(self._tasks.schema))
 
 
 class NoPooling(Baseline):
-    """Every task on its own: φ_i ~ N(centre, 10² I) independently, the noise learned from all training tasks.
-
-    The evidence of a training task is Laplace's, which is exact for linear Gaussian tasks; new tasks are corrected by
-    importance weights in any case.
-    """
+    """Every task on its own: φ_i ~ N(centre, 10² I) independently, the noise learned from all training tasks."""
 
     name = "no pooling"
 
-    def _infer(self, tasks: Tasks) -> SharedDraws:
-        def log_target(theta: Tensor) -> Tensor:
-            found = laplace(self.density, tasks, theta, strict=False)
-            return self._log_prior(theta) + found.log_evidence.sum(1)
+    def _fitted(self) -> Fit:
+        return self._learned(self._tasks)
 
-        return adaptive_draws(log_target, *self.density.prior_scale(), draws=THETA_DRAWS)
-
-    def _pairs(self, context: Tasks, known: bool) -> tuple[Tensor, Tensor, list[str]]:
-        theta = _resampled(self.shared, self.draws)
-        found = laplace(self.density, context, theta)
-        posterior = found.posterior
-        light, heavy = posterior.sample(), posterior.sample(heavy=True)
-        pick = torch.rand(light.shape[:2], dtype=light.dtype).unsqueeze(-1)
-        noise = torch.where(pick < HEAVY_SHARE, heavy, light)
-        log_proposal = torch.logaddexp(
-            posterior.log_prob(noise, heavy=True) + math.log(HEAVY_SHARE),
-            posterior.log_prob(noise) + math.log(1 - HEAVY_SHARE),
-        )
-        log_prior = dist.Normal(0.0, 1.0).log_prob(noise).sum(-1)
-        log_weight = log_prior + log_likelihood(self.density, context, theta, noise) - log_proposal
-        log_weight = log_weight - found.log_evidence if known else log_weight
-        index, flags = _choose(log_weight)
-        every = torch.arange(len(context))
-        return theta[index], noise[index, every], flags
+    def posterior(self, context: Tasks) -> Posterior:
+        """That of the fit."""
+        return self.fit.posterior(self._standard(context), draws=self.draws, seed=self.seed + 1)
 
 
 class CompletePooling(Baseline):
@@ -203,36 +179,52 @@ class CompletePooling(Baseline):
 
     name = "complete pooling"
 
-    def _infer(self, tasks: Tasks) -> SharedDraws:
-        dim = self.density.structure.task_size
+    def _fitted(self) -> Fit:
+        return self._learned(self._tasks.merged(ALL))
 
-        def log_target(both: Tensor) -> Tensor:
-            theta, noise = both[:, :-dim], both[:, -dim:]
-            everywhere = noise.unsqueeze(1).expand(-1, len(tasks), -1)
-            log_prior = self._log_prior(theta) + dist.Normal(0.0, 1.0).log_prob(noise).sum(-1)
-            return log_prior + log_likelihood(self.density, tasks, theta, everywhere).sum(1)
-
-        loc, scale = self.density.prior_scale()
-        loc, scale = torch.cat([loc, loc.new_zeros(dim)]), torch.cat([scale, scale.new_ones(dim)])
-        return adaptive_draws(log_target, loc, scale, draws=max(THETA_DRAWS, self.draws))
+    @cached_property
+    def whole(self) -> Posterior:
+        """The posterior of the one task that all training tasks are."""
+        return self.fit.posterior(self.fit.tasks, draws=self.draws, seed=self.seed)
 
     @property
     def phi(self) -> np.ndarray:
         """Posterior mean of the one φ `(d,)`, in standard units."""
-        noise = self.shared.theta[:, -self.density.structure.task_size :].numpy()
-        return self._centre + PRIOR_SD * (np.exp(self.shared.log_weight) @ noise)
+        return self.whole.mean("phi")[0]
 
-    def _pairs(self, context: Tasks, known: bool) -> tuple[Tensor, Tensor, list[str]]:
-        dim = self.density.structure.task_size
-        both = _resampled(self.shared, self.draws).unsqueeze(1).expand(-1, len(context), -1)
-        theta, noise = both[..., :-dim], both[..., -dim:]
-        if known:
-            good = self.shared.status == "corrected"
-            said = "" if good else f"complete pooling: θ's weights fail, k̂ {self.shared.khat:.2f}"
-            return theta, noise, [said] * len(context)
-        index, flags = _choose(log_likelihood(self.density, context, theta[:, 0], noise))
-        every = torch.arange(len(context))
-        return theta[index, every], noise[index, every], flags
+    def posterior(self, context: Tasks) -> Posterior:
+        """Draws of the one φ: as they are for training tasks, weighed by the likelihood of their rows for new ones."""
+        tasks = self._standard(context)
+        place = TrainingTasks(self._tasks).sort(tasks, updated="error")
+        parts: Parts = []
+        with seeded(self.seed + 1), torch.no_grad():
+            if len(place.known):
+                parts.append((place.known, self._as_it_is(len(place.known))))
+            if len(place.new):
+                parts.append((place.new, self._weighed(tasks[place.new])))
+        return Posterior(self._density, tasks, parts, self.seed)
+
+    def _as_it_is(self, tasks: int) -> TaskDraws:
+        theta, noise = self._draws(tasks)
+        return equal_draws(theta, noise, "psis", float(self.whole.khat[0]), str(self.whole.flag[0]), joint=True)
+
+    def _weighed(self, tasks: Tasks) -> TaskDraws:
+        theta, noise = self._draws(len(tasks))
+        both, values = torch.cat([theta, noise[:, 0]], 1), dict(self._density.learned.values)
+        log_weight = theta.new_empty(len(theta), len(tasks))
+        for chunk in task_chunks(tasks, exact_size=self._density.structure.exact_size, draws=len(theta)):
+            data, index = self._density.tensors(chunk.batch), torch.as_tensor(chunk.index)
+            for draws, part in theta_chunks(both, chunk.batch):
+                at, phi = part.split([theta.shape[1], noise.shape[2]], 1)
+                phi = phi.unsqueeze(1).expand(-1, len(chunk.batch.names), -1)
+                rows = self._density.log_parts.mapped(at, phi, data, values, in_dims=BY_DRAW)[1]
+                log_weight[draws, index] = rows[: draws.stop - draws.start, : len(index)]
+        return judged(theta, noise, log_weight, "psis")
+
+    def _draws(self, tasks: int) -> tuple[Tensor, Tensor]:
+        """θ `(S, d_theta)` and the one noise for some tasks `(S, T, d)`."""
+        theta, noise = self.whole.paired()
+        return theta[:, 0], noise.expand(-1, tasks, -1)
 
 
 def origin_of(model: Any) -> np.ndarray:
@@ -267,20 +259,3 @@ def baselines(model: HierarchicalModel, known: Tasks, *, draws: int = 4000, seed
     origin = origin_of(model)
     pooled = CompletePooling(model, known, centre=origin, draws=draws, seed=seed)
     return NoPooling(model, known, centre=pooled.phi, draws=draws, seed=seed), pooled
-
-
-def _resampled(shared: SharedDraws, draws: int) -> Tensor:
-    generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    return shared.theta[torch.as_tensor(psis.resample(shared.log_weight, draws, generator))]
-
-
-def _choose(log_weight: Tensor) -> tuple[Tensor, list[str]]:
-    """Resamples the draws of each task by their weights `(S, T)`: indices `(S, T)`, and flags."""
-    raw = log_weight.numpy().T
-    smoothed, khat = psis.smooth(raw)
-    ess = psis.relative_ess(raw)
-    generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    index = np.stack([psis.resample(row, raw.shape[1], generator) for row in smoothed], 1)
-    good = psis.accepted(khat, ess, raw.shape[1])
-    flags = ["" if ok else f"k̂ {k:.2f}, relative ESS {e:.2f}" for ok, k, e in zip(good, khat, ess, strict=True)]
-    return torch.as_tensor(index), flags

@@ -28,8 +28,8 @@ NO_POOLING, COMPLETE_POOLING, LEARNED, ROBUST = "no pooling", "complete pooling"
 CLEAR = 2.0
 """Standard errors from 0 beyond which a difference is called one."""
 
-Predictor = Callable[[Tasks, Tasks, bool], np.ndarray]
-"""Given rows of some tasks, rows to predict, and whether the tasks were trained on: log density `(task, M)`."""
+Predictor = Callable[[Tasks, Tasks], np.ndarray]
+"""Given rows of some tasks and rows to predict: log density `(task, M)`."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class _Contest:
         parts: list[dict[str, np.ndarray]] = []
         for k in range(folds):
             target, given = tasks.split_rows(torch.as_tensor(fold == k))
-            scores = {name: predict(given, target, True) for name, predict in self._fitted(given)}
+            scores = {name: predict(given, target) for name, predict in self._fitted(given)}
             if inner:
                 chosen = self._weights(given, inner)
                 scores[ROBUST] = mixed(scores, chosen)
@@ -251,7 +251,7 @@ class _Contest:
             given, target = new.context_target(context=context, seed=self.seed)
             for name, predict in self._fitted(tasks[np.flatnonzero(fold != k)]):
                 scores = found.setdefault(name, np.full((len(tasks), int(max(tasks.sizes))), np.nan))
-                values = predict(given, target, False)
+                values = predict(given, target)
                 scores[np.flatnonzero(fold == k), : values.shape[1]] = values
         return found
 
@@ -266,7 +266,7 @@ class _Contest:
             yield baseline.name, self._baseline(baseline)
 
     def _predictor(self, name: str, learned: Fit) -> Predictor:
-        def predict(given: Tasks, target: Tasks, known: bool) -> np.ndarray:
+        def predict(given: Tasks, target: Tasks) -> np.ndarray:
             posterior = learned.posterior(given, draws=self.draws, seed=self.seed)
             self.flagged[name] += sum(map(bool, posterior.flag))
             sites = learned._density.structure.outcomes
@@ -275,8 +275,8 @@ class _Contest:
         return predict
 
     def _baseline(self, baseline: Baseline) -> Predictor:
-        def predict(given: Tasks, target: Tasks, known: bool) -> np.ndarray:
-            found, flags = baseline.predict(given, target, known=known)
+        def predict(given: Tasks, target: Tasks) -> np.ndarray:
+            found, flags = baseline.predict(given, target)
             self.flagged[baseline.name] += sum(map(bool, flags))
             return _summed([one.log_prob() for one in found]) - np.log(baseline.units.y_scale)
 

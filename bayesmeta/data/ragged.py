@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesmeta.data.schema import Schema, listing
+from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Schema, listing
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,20 @@ def without_weights(data: Ragged) -> Ragged:
     rows = {key: value for key, value in data.rows.items() if key != "weight"}
     per_task = {key: value for key, value in data.per_task.items() if key != "task_weight"}
     return replace(data, rows=rows, per_task=per_task, schema=schema)
+
+
+def merged(data: Ragged, name: str) -> Ragged:
+    """Returns one task with the rows of all; task columns become columns, task weights weigh rows."""
+    task = task_of_row(data.offsets)
+    spread = {key: value[task] for key, value in data.per_task.items()}
+    weight = spread.pop("task_weight", None)
+    rows = data.rows | {key.replace(TASK_COLUMN, COLUMN, 1): value for key, value in spread.items()}
+    if weight is not None:
+        rows["weight"] = weight * data.rows.get("weight", 1.0)
+    old = data.schema
+    columns, named = (*old.columns, *old.task_columns), old.weight or old.task_weight
+    schema = replace(old, columns=columns, task_columns=(), weight=named, task_weight=None)
+    return Ragged((name,), data.offsets[[0, -1]], rows, {}, schema)
 
 
 def gather(data: Ragged, index: Tensor, rows: int) -> dict[str, Tensor]:

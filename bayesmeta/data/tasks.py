@@ -16,22 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesmeta.data import ragged
 from bayesmeta.data.alignment import align, align_names, aligned_rows
 from bayesmeta.data.arrays import Extras, check_names, new_rows, read_arrays
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.fingerprints import Origin, fingerprints
-from bayesmeta.data.ragged import (
-    Ragged,
-    choose_rows,
-    context_counts,
-    from_state,
-    gather,
-    subset,
-    take_rows,
-    to_state,
-    whole,
-    without_weights,
-)
 from bayesmeta.data.reading import Roles, read_table, write_table
 from bayesmeta.data.schema import COLUMN, TASK_COLUMN, Schema
 from bayesmeta.data.selection import indices
@@ -51,7 +40,7 @@ class Tasks:
         (2, [2])
     """
 
-    def __init__(self, data: Ragged, origin: Origin | None, index: Tensor) -> None:
+    def __init__(self, data: ragged.Ragged, origin: Origin | None, index: Tensor) -> None:
         """Wraps storage, the collection that unnamed tasks come from, and their positions in it, int64 `(T,)`.
 
         Users call `from_dataframe` or `from_arrays`.
@@ -201,7 +190,7 @@ class Tasks:
         if int(counts.max()) > 1:
             twice = self.names[int(counts.argmax())]
             raise ValueError(f"duplicated names: task {twice!r} is selected twice; select it once, or see `copies`")
-        return Tasks(subset(self._data, index), self._origin, self._index[index])
+        return Tasks(ragged.subset(self._data, index), self._origin, self._index[index])
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -221,7 +210,7 @@ class Tasks:
             ValueError: If one side would be empty.
         """
         count = len(self)
-        wanted = max(1, round(new * count)) if isinstance(new, float) and 0.0 < new < 1.0 else whole(new)
+        wanted = max(1, round(new * count)) if isinstance(new, float) and 0.0 < new < 1.0 else ragged.whole(new)
         if wanted is None or not 0 < wanted < count:
             raise ValueError(
                 f"new: expected a number of tasks from 1 to {count - 1} or a fraction between 0 and 1, got {new!r}"
@@ -242,18 +231,18 @@ class Tasks:
         Raises:
             ValueError: If `context` is neither a count nor a fraction.
         """
-        counts = context_counts(self._data.sizes, context)
-        return self.split_rows(choose_rows(self.offsets, counts, torch.Generator().manual_seed(seed)))
+        counts = ragged.context_counts(self._data.sizes, context)
+        return self.split_rows(ragged.choose_rows(self.offsets, counts, torch.Generator().manual_seed(seed)))
 
     def split_rows(self, keep: Tensor) -> tuple[Tasks, Tasks]:
         """Splits the rows by a bool mask `(R,)`: those where it is True, and the others."""
-        return self._with(take_rows(self._data, keep)), self._with(take_rows(self._data, ~keep))
+        return self._with(ragged.take_rows(self._data, keep)), self._with(ragged.take_rows(self._data, ~keep))
 
     def without_rows(self) -> Tasks:
         """Returns the same tasks with their task columns, and no rows."""
         return self.split_rows(self.y.new_zeros(len(self.y), dtype=torch.bool))[0]
 
-    def _with(self, data: Ragged) -> Tasks:
+    def _with(self, data: ragged.Ragged) -> Tasks:
         return Tasks(data, self._origin, self._index)
 
     def batch(self, idx: Any, *, rows: int | None = None) -> Batch:
@@ -272,7 +261,7 @@ class Tasks:
             raise ValueError(
                 f"rows: expected at least {max(largest, 1)}, the size of the largest of these tasks, got {rows}"
             )
-        tensors = gather(self._data, index, max(largest, 1) if rows is None else rows)
+        tensors = ragged.gather(self._data, index, max(largest, 1) if rows is None else rows)
         names = self.names
         return Batch(tensors, tuple([names[i] for i in index.tolist()]), self.schema)
 
@@ -337,7 +326,7 @@ class Tasks:
         else:
             offsets, rows = new_rows(x, columns, self.schema, self.names)
         schema = replace(self.schema, missing=not bool(rows["observed"].all()))
-        return self._with(without_weights(replace(self._data, offsets=offsets, rows=rows, schema=schema)))
+        return self._with(ragged.without_weights(replace(self._data, offsets=offsets, rows=rows, schema=schema)))
 
     def only(self, k: int | str) -> Tasks:
         """Returns the same tasks with output `k`, a position or name, as the one label."""
@@ -358,7 +347,7 @@ class Tasks:
             ValueError: If an index is out of range, or names are too few, too many or duplicated.
         """
         index = indices(idx, self._positions)
-        data = replace(subset(self._data, index), names=check_names(names, len(index)))
+        data = replace(ragged.subset(self._data, index), names=check_names(names, len(index)))
         return Tasks(data, None, torch.arange(len(index)))
 
     def with_labels(self, y: Tensor, *, names: Sequence[str] | None = None) -> Tasks:
@@ -379,9 +368,15 @@ class Tasks:
         per_task = {key: values.get(key, value) for key, value in self._data.per_task.items()}
         return self._with(replace(self._data, rows=rows, per_task=per_task))
 
+    def merged(self, name: str) -> Tasks:
+        """Returns one task with the rows of all; task columns become columns, and task weights weights of rows."""
+        data = ragged.merged(self._data, name)
+        data = replace(data, schema=refreshed(data.schema, data.rows, {}))
+        return Tasks(data, None, torch.zeros(1, dtype=torch.long))
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns tensors and JSON-able data from which `from_state` makes the same tasks."""
-        tensors, plain = to_state(self._data)
+        tensors, plain = ragged.to_state(self._data)
         origin = None if self._origin is None else self._origin.key
         return tensors | {"index": self._index}, plain | {"origin": origin}
 
@@ -392,7 +387,7 @@ class Tasks:
         Raises:
             ValueError: If a part is missing.
         """
-        data = from_state(tensors, plain)
+        data = ragged.from_state(tensors, plain)
         if "index" not in tensors or "origin" not in plain:
             raise ValueError("stored tasks: 'index' or 'origin' missing; the file is damaged")
         return cls(data, None if plain["origin"] is None else Origin(None, plain["origin"]), tensors["index"])

@@ -1,8 +1,8 @@
 """Sums of products as matrix products: Σ_k a·b without the array of all products.
 
 Broadcasting writes a linear predictor over draws, tasks and rows as a product that is summed; where a factor is
-repeated along a dimension that is kept, a matrix product does the same with less memory traffic. `recording.py` applies
-it to graphs that run as they are; a compiler fuses the loops by itself.
+repeated along a dimension that is kept, a matrix product does the same with less memory traffic. It is applied to
+graphs that run as they are; a compiler fuses the loops by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bayesmeta.hierarchy.rewriting import add_call, example, is_expanded, rewrite, shape_of
+from bayesmeta.hierarchy.rewriting import add_call, constant_of, example, is_expanded, rewrite, shape_of
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mul.Tensor, torch.mul}
@@ -50,10 +50,18 @@ def _contracted(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     first, second = (_factor(argument, shape) for argument in product.args)
     if not _worth_while(first, second, summed, shape):
         return None
+    total = _einsum(graph, first, second, summed, shape)
+    return add_call(graph, torch.reshape, (total, list(shape_of(node))))
+
+
+def _einsum(graph: fx.Graph, first: _Factor, second: _Factor, summed: set[int], shape: torch.Size) -> fx.Node:
+    """The sum, with the summed dimensions kept as 1 and repeated where neither factor has a dimension."""
     kept = sorted({*first.dims, *second.dims} - summed)
     equation = f"{_letters(first.dims)},{_letters(second.dims)}->{_letters(kept)}"
     total = add_call(graph, torch.einsum, (equation, _squeezed(graph, first, shape), _squeezed(graph, second, shape)))
-    return add_call(graph, torch.reshape, (total, list(shape_of(node))))
+    total = add_call(graph, torch.reshape, (total, [n if d in kept else 1 for d, n in enumerate(shape)]))
+    whole = [1 if d in summed else n for d, n in enumerate(shape)]
+    return total if list(shape_of(total)) == whole else add_call(graph, torch.Tensor.expand, (total, whole))
 
 
 def _letters(dims: Iterable[int]) -> str:
@@ -72,17 +80,23 @@ def _large_product(node: Any) -> bool:
 
 def _factor(node: Any, shape: torch.Size) -> _Factor:
     source = node.args[0] if is_expanded(node) else node
-    own = shape_of(source)
+    own, constant = shape_of(source), constant_of(source.graph.owning_module, source)
+    strides = own if constant is None else constant.stride()
     offset = len(shape) - len(own)
-    return _Factor(source, tuple(d for d in range(offset, len(shape)) if own[d - offset] > 1))
+    dims = (d for d in range(len(own)) if own[d] > 1 and strides[d] > 0)
+    return _Factor(source, tuple(d + offset for d in dims))
 
 
 def _worth_while(first: _Factor, second: _Factor, summed: set[int], shape: torch.Size) -> bool:
-    """Both have a dimension that is summed, one is repeated along a dimension that is kept, none along both."""
+    """Both have a dimension that is summed; one or both are repeated along one that is kept, not both along a sum."""
     one, two = set(first.dims), set(second.dims)
-    covered = one | two == {d for d in range(len(shape)) if shape[d] > 1}
-    return covered and bool(one & two & summed) and bool((one ^ two) - summed)
+    missing = {d for d in range(len(shape)) if shape[d] > 1} - one - two
+    return not missing & summed and bool(one & two & summed) and bool(((one ^ two) - summed) | missing)
 
 
 def _squeezed(graph: fx.Graph, factor: _Factor, shape: torch.Size) -> fx.Node:
-    return add_call(graph, torch.reshape, (factor.source, [shape[d] for d in factor.dims]))
+    source, offset = factor.source, len(shape) - len(shape_of(factor.source))
+    for d in range(offset, len(shape)):
+        if d not in factor.dims and shape_of(source)[d - offset] > 1:
+            source = add_call(graph, torch.narrow, (source, d - offset, 0, 1))
+    return add_call(graph, torch.reshape, (source, [shape[d] for d in factor.dims]))

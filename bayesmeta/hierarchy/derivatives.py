@@ -150,7 +150,8 @@ class Prepared:
         self._function = function
         graph = _recorded(function, [*varying, *others]) if recordable else None
         if graph is not None:
-            self._prepare, after = hoist(graph, len(varying))
+            before, after = hoist(graph, len(varying))
+            self._prepare = contract(before).forward
             examples = [*varying, *self._prepare(*others)]
             self._function = compile_graph(after, examples) if compiled else contract(after).forward
 

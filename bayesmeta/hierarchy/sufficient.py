@@ -25,7 +25,7 @@ from bayesmeta.hierarchy.rewriting import (
     unmasked,
 )
 
-MOST_TERMS = 16
+MOST_TERMS = 32
 """Residuals with more terms stay as they are."""
 
 Column = tuple[Any, int | None]

@@ -73,7 +73,7 @@ def assess(density: TaskDensity, evidence: Evidence, tasks: Tasks, shared: Share
     if len(tasks) > CHECKED_TASKS:
         scale = len(tasks) / CHECKED_TASKS
         tasks = tasks[np.sort(torch.randperm(len(tasks))[:CHECKED_TASKS].numpy())]
-        evidence = Evidence(density, tasks, kind=evidence.kind)
+        evidence = Evidence(density, tasks, kind=evidence.kind, calls=LOOKED_AT)
     found = compare(density, evidence, tasks, resample_theta(shared, LOOKED_AT))
     return {"error": scale * found.error, "noise": scale * found.noise}
 

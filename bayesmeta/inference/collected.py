@@ -137,14 +137,15 @@ class Collected:
         noise = theta.new_zeros(1, self.density.structure.task_size)
         return graph(theta, noise, *leaves, *values)[1]  # type: ignore[no-any-return]
 
-    def compiled(
-        self, function: Callable[..., Any], examples: Callable[[Block], Sequence[Tensor]]
+    def by_block(
+        self, function: Callable[..., Any], examples: Callable[[Block], Sequence[Tensor]], *, compiled: bool = True
     ) -> list[Callable[..., Any]]:
-        """Compiles a function for every block.
+        """Records a function for every block.
 
         Args:
             function: `(block, *arguments, *data, *values)` -> tensors.
             examples: The arguments of a block.
+            compiled: Whether it is compiled.
 
         Returns:
             One function of `(*arguments, *values)` a block; a model that cannot be recorded runs as it is.
@@ -156,7 +157,7 @@ class Collected:
                 varying = [*examples(block), *values]
                 bound = _reordered(functools.partial(function, block), len(varying) - len(values), len(values))
                 recordable = self._recordable(block)
-                made[block.shape] = Prepared(bound, varying, block.leaves, recordable=recordable, compiled=True)
+                made[block.shape] = Prepared(bound, varying, block.leaves, recordable=recordable, compiled=compiled)
         return [made[block.shape].of(block.leaves) for block in self.blocks]
 
     def _recordable(self, block: Block) -> bool:

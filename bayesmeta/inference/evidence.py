@@ -38,17 +38,23 @@ WOBBLE = 1e-12
 QUICK_STEPS = 12
 """Undamped Newton steps before the damped search takes over."""
 
+CALL_ELEMENTS, COMPILE_ELEMENTS = 40_000, 2**28
+"""What a call of a graph that is not compiled and what compiling cost, in rows × points: .3 ms and 2 s."""
+
 
 class Evidence:
-    """Log p(θ) + Σ_i log p(D_i | θ) of all tasks, compiled.
+    """Log p(θ) + Σ_i log p(D_i | θ) of all tasks, compiled where that pays.
 
     Args:
         density: The model, in float64.
         tasks: The tasks.
         kind: "closed form", "quadrature" or "Laplace"; by default `kind_of` of tasks that are not Gaussian.
+        calls: About how often it will be called; None if very often.
     """
 
-    def __init__(self, density: TaskDensity, tasks: Tasks, *, kind: str | None = None) -> None:
+    def __init__(
+        self, density: TaskDensity, tasks: Tasks, *, kind: str | None = None, calls: int | None = None
+    ) -> None:
         self._dim = density.structure.task_size
         self.kind = kind_of(self._dim, gaussian=False) if kind is None else kind
         self._collected = collected = Collected(density, tasks, points=points_of(self._dim, self.kind))
@@ -61,9 +67,10 @@ class Evidence:
         def examples(block: Block) -> tuple[Tensor, Tensor]:
             return theta, torch.zeros(block.count, self._dim, dtype=density.dtype)
 
-        self._totals = collected.compiled(functools.partial(self._summed, one), examples)
-        exact = self.kind == "closed form"
-        self._steps = [] if exact else collected.compiled(_newton, examples)
+        pays = calls is None or calls * (CALL_ELEMENTS + collected.elements) > COMPILE_ELEMENTS
+        make = functools.partial(collected.by_block, examples=examples, compiled=pays)
+        self._totals = make(functools.partial(self._summed, one))
+        self._steps = [] if self.kind == "closed form" else make(_newton)
 
     def again(self) -> Evidence:
         """The same function with a memory of modes of its own, for another chain."""

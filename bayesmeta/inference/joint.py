@@ -35,7 +35,7 @@ class Joint:
         self.shared_size, self._dim = density.structure.shared_size, density.structure.task_size
         self.size = self.shared_size + collected.count * self._dim
         self._origin, self._scale = density.prior_scale()
-        self._functions = collected.compiled(self._value_and_gradient, self._example)
+        self._functions = collected.by_block(self._value_and_gradient, self._example)
 
     def _example(self, block: Block) -> tuple[Tensor]:
         return (torch.zeros(self.shared_size + block.count * self._dim, dtype=torch.float64),)

@@ -85,8 +85,7 @@ class Marginal:
 
     def _infer(self, density: TaskDensity, tasks: Tasks, progress: bool) -> tuple[SharedDraws, dict[str, Any]]:
         precise = in_double(density, tasks)
-        kind = kind_of(density.structure.task_size, gaussian=_all_gaussian(precise, tasks))
-        evidence = Evidence(precise, tasks, kind=kind)
+        evidence = self._evidence(precise, tasks)
         mode = Mode(precise, evidence)
         mode.find()
         for one in (precise, density):
@@ -97,12 +96,16 @@ class Marginal:
         else:
             shared, tried = self._fitted(evidence, mode)
         record: dict[str, Any] = {"kind": evidence.kind, "error": 0.0, "noise": 0.0}
-        if kind != "closed form" and density.structure.shared_size:
+        if evidence.kind != "closed form" and density.structure.shared_size:
             record |= assess(precise, evidence, tasks, tried or shared)
-            approximate = kind == "Laplace" or record["error"] > TOLERATED
+            approximate = evidence.kind == "Laplace" or record["error"] > TOLERATED
             if approximate and self.shared != "map":
                 shared = mended(precise, evidence, tasks, shared)
         return replace(shared, theta=shared.theta.to(density.dtype)), record
+
+    def _evidence(self, density: TaskDensity, tasks: Tasks) -> Evidence:
+        kind = kind_of(density.structure.task_size, gaussian=_all_gaussian(density, tasks))
+        return Evidence(density, tasks, kind=kind, calls=None if self.shared == "nuts" else self.chains * self.draws)
 
     def _sampled(self, density: TaskDensity, evidence: Evidence, mode: Mode, progress: bool) -> SharedDraws:
         signed = Signed(density)

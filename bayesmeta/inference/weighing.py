@@ -158,12 +158,16 @@ def weigh_new(
     raw = drawn.log_weight
     if replaced is not None:
         raw = raw - log_evidence(density, guides, replaced, theta, per_theta=EFFECTIVE_CANDIDATES)
+    return judged(theta, drawn.noise, raw, guides.task.method)
+
+
+def judged(theta: Tensor, noise: Tensor, raw: Tensor, method: str) -> TaskDraws:
+    """Candidates `(S, d_theta)` and `(S, T, d)` with their log weights `(S, T)`, smoothed, judged and drawn from."""
     log_weight, index, khat, ess = _smoothed(raw.numpy())
     flag = _flags(khat, ess, len(theta))
-    if guides.task.method == "exact":
+    if method == "exact":
         khat = np.where([not text for text in flag], 0.0, khat)
-    method = [guides.task.method] * len(tasks)
-    return TaskDraws(theta, drawn.noise, log_weight, index, khat, ess, method, flag, joint=False)
+    return TaskDraws(theta, noise, log_weight, index, khat, ess, [method] * raw.shape[1], flag, joint=False)
 
 
 def draw_empty(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:

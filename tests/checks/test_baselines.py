@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayesmeta.checks.baselines import PRIOR_SD, CompletePooling, NoPooling, Units, baselines
+from bayesmeta.checks.baselines import PRIOR_SD, THETA_DRAWS, CompletePooling, NoPooling, Units, baselines
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy import likelihoods, priors
 from bayesmeta.hierarchy.model import HierarchicalModel
@@ -94,7 +94,7 @@ def test_complete_pooling_is_one_regression(fitted: tuple[Tasks, NoPooling, Comp
     weights = grid_posterior([whole], np.zeros(2), SIGMA_SCALE / pooled.units.y_scale)
     means = np.array([gaussian(*whole, np.zeros(2), s)[1] for s in GRID])
     sd = math.sqrt(gaussian(*whole, np.zeros(2), float(weights @ GRID))[2].max())
-    assert np.abs(pooled.phi - weights @ means).max() < 4 * sd / math.sqrt(pooled.shared.ess * DRAWS)
+    assert np.abs(pooled.phi - weights @ means).max() < 4 * sd / math.sqrt(pooled.fit.shared.ess * DRAWS)
 
 
 def test_noise_without_pooling(fitted: tuple[Tasks, NoPooling, CompletePooling]) -> None:
@@ -102,9 +102,8 @@ def test_noise_without_pooling(fitted: tuple[Tasks, NoPooling, CompletePooling])
     weights = grid_posterior(designs(alone.units.tasks(known)), pooled.phi, SIGMA_SCALE / alone.units.y_scale)
     mean = weights @ GRID
     sd = math.sqrt(weights @ (GRID - mean) ** 2)
-    share = np.exp(alone.shared.log_weight)
-    found = share @ np.exp(alone.shared.theta[:, 0].numpy())
-    assert abs(found - mean) < 4 * sd / math.sqrt(alone.shared.ess * len(share))
+    found = float(alone.fit.shared.mean("sigma"))
+    assert abs(found - mean) < 4 * sd / math.sqrt(alone.fit.shared.ess * THETA_DRAWS)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -139,6 +138,63 @@ def test_a_task_without_rows_gets_the_vague_prior(fitted: tuple[Tasks, NoPooling
     spread = PRIOR_SD * math.sqrt(1 + x**2)
     assert prediction.sd[0, 0] == pytest.approx(spread, rel=0.05)
     assert abs(prediction.mean[0, 0] - pooled.phi @ [1, x]) < 4 * spread / math.sqrt(DRAWS)
+
+
+def test_complete_pooling_takes_what_each_task_brings() -> None:
+    """Standard errors and weights of tasks follow their rows: the one level is the weighted mean of all rows."""
+    y, se, weight = [[1.0, 2.0], [5.0], [7.0, 8.0, 9.0]], np.array([0.5, 1.0, 2.0]), np.array([1.0, 3.0, 0.5])
+    known = Tasks.from_arrays(None, y, task_columns={"se": se}, task_weight=weight, names=["a", "b", "c"])
+    level = HierarchicalModel(
+        priors.Gaussian(1), lambda phi, x: phi[..., 0].expand(*x.shape[:2]), likelihoods.Normal("se")
+    )
+    pooled = CompletePooling(level, known, centre=np.zeros(1), draws=DRAWS)
+    precision = np.repeat(weight / se**2, [2, 1, 3])
+    rows = np.concatenate(y)
+    unit = rows.std()
+    total = precision.sum() + 1 / (PRIOR_SD * unit) ** 2
+    mean, sd = (precision @ rows + rows.mean() / (PRIOR_SD * unit) ** 2) / total, 1 / math.sqrt(total)
+    assert abs(pooled.phi[0] * unit + rows.mean() - mean) < 4 * sd / math.sqrt(DRAWS)
+    assert float(pooled.whole.sd("phi")[0, 0]) * unit == pytest.approx(sd, rel=0.03)
+
+
+def test_kinds_of_tasks_are_pooled_as_rows_of_their_kind() -> None:
+    rng = np.random.default_rng(0)
+    y = [rng.poisson(3.0, 30), rng.normal(math.log(3.0), 0.5, 30), rng.poisson(3.0, 30)]
+    kinds = likelihoods.Kinds("kind", {"count": likelihoods.Poisson(), "log": likelihoods.Normal(0.5)})
+    known = Tasks.from_arrays(None, y, task_columns={"kind": ["count", "log", "count"]}, names=["a", "b", "c"])
+    one = HierarchicalModel(priors.Gaussian(1), lambda phi, x: phi[..., 0].expand(*x.shape[:2]), kinds)
+    alone, pooled = baselines(one, known, draws=1000)
+    assert pooled.phi[0] == pytest.approx(math.log(3.0), abs=0.2)
+    for baseline in (alone, pooled):
+        (counts, logs), flags = baseline.predict(known, known)
+        assert flags == ("", "", "")
+        assert counts.mean[[0, 2], 0] == pytest.approx(3.0, rel=0.3)
+        assert logs.mean[1, 0] == pytest.approx(math.log(3.0), rel=0.3)
+
+
+def test_many_parameters() -> None:
+    """Least squares of each task, and of all rows, are within reach of the posterior means, 20 parameters a task."""
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=(60, 20)) for _ in range(6)]
+    y = [a @ np.arange(20) / 10 + 0.5 * rng.normal(size=60) for a in x]
+    known = Tasks.from_arrays(x, y, names=list("abcdef"))
+    linear = HierarchicalModel(priors.Gaussian(20), lambda phi, x: (phi * x).sum(-1), likelihoods.Normal())
+    alone, pooled = baselines(linear, known, draws=500)
+    u = alone.units
+    standard = [((a - u.x_loc) / u.x_scale, (b - u.y_loc) / u.y_scale) for a, b in zip(x, y, strict=True)]
+    found = alone.posterior(known)
+    assert set(found.method) == {"exact"} and not any(found.flag)
+    for mean, (a, b) in zip(found.mean("phi"), standard, strict=True):
+        np.testing.assert_allclose(mean, np.linalg.lstsq(a, b)[0], atol=0.02)
+    a, b = (np.concatenate(part) for part in zip(*standard, strict=True))
+    np.testing.assert_allclose(pooled.phi, np.linalg.lstsq(a, b)[0], atol=0.01)
+
+
+def test_known_tasks_with_other_rows_are_refused() -> None:
+    known = simulated(tasks=3, seed=0)
+    for baseline in baselines(model(), known, draws=200):
+        with pytest.raises(ValueError, match="were in the fit with other data"):
+            baseline.posterior(known.with_values({"y": known.y + 1}))
 
 
 def test_units_standardise_labels_only_where_the_likelihood_has_a_scale() -> None:

@@ -224,3 +224,23 @@ def test_a_million_rows() -> None:
         tasks.batch(index)
         spans.append(time.process_time() - start)
     assert loaded < 3.0 and printed < 2.0 and min(spans) < 1e-3, (loaded, printed, min(spans))
+
+
+def test_merged_tasks_are_one_with_columns_of_its_rows() -> None:
+    tasks = Tasks.from_arrays(
+        [[1.0, 2.0], [], [3.0]],
+        [[1.0, 2.0], [], [3.0]],
+        columns={"site": [["a", "b"], [], ["b"]]},
+        task_columns={"se": [0.1, 0.2, 0.3], "kind": ["u", "v", "v"]},
+        weight=[[1.0, 2.0], [], [3.0]],
+        task_weight=[1.0, 5.0, 2.0],
+    )
+    one = tasks.merged("all")
+    assert one.names == ("all",) and one.sizes.tolist() == [3] and not one.task_columns
+    assert one.schema.columns == ("site", "se", "kind") and one.schema.task_columns == ()
+    assert one.columns["se"].tolist() == [0.1, 0.1, 0.3] and one.columns["kind"].tolist() == [0, 0, 1]
+    assert one.weight is not None and one.weight.tolist() == [1.0, 2.0, 6.0] and one.task_weight is None
+    batch = one.batch([0])
+    assert batch["se"].shape == (1, 3) and batch.x.tolist() == [[1.0, 2.0, 3.0]]
+    weighed = Tasks.from_arrays([[1.0], [2.0]], [[1.0], [2.0]], task_weight=[4.0, 2.0]).merged("all")
+    assert weighed.weight is not None and weighed.weight.tolist() == [4.0, 2.0]

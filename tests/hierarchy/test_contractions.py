@@ -52,7 +52,7 @@ def test_a_matrix_and_one_vector_a_task() -> None:
         ("nothing that both have is summed", lambda b, x: (x * b).sum(0)),
         ("the product is used twice", lambda b, x: (x * b).sum(-1) + (x * b)[..., 0]),
         ("the product is small", lambda b, x: (x[:1, :2] * b[:1, :1]).sum(-1)),
-        ("a dimension belongs to no factor", lambda b, x: (x * b).expand(2, -1, -1, -1, -1).sum(-1)),
+        ("the product is repeated, not a factor", lambda b, x: (x * b).expand(2, -1, -1, -1, -1).sum(-1)),
         ("it is no product", lambda b, x: (x + b).sum(-1)),
     ],
 )
@@ -60,6 +60,16 @@ def test_other_sums_stay(why: str, function: Callable[[Tensor, Tensor], Tensor])
     graph = recorded(function)
     assert products(graph) == 0, why
     torch.testing.assert_close(graph(B, X), function(B, X))
+
+
+def test_a_constant_that_is_repeated_is_a_factor_without_repetitions() -> None:
+    """Columns of a Jacobian: unit vectors, the same for all draws, times data that all draws share too."""
+    units = torch.eye(INPUTS, dtype=torch.float64).reshape(INPUTS, 1, 1, 1, INPUTS)
+    units = units.expand(INPUTS, DRAWS, TASKS, ROWS, INPUTS)
+    graph = recorded(lambda b, x: (units * x).sum(-1) + b.sum(-1))
+    (product,) = [node for node in graph.graph.nodes if node.target is torch.einsum]
+    assert max(node.meta["val"].numel() for node in product.all_input_nodes) == X.numel()
+    torch.testing.assert_close(graph(B, X), X.movedim(-1, 0).unsqueeze(1) + B.sum(-1))
 
 
 def test_whole_numbers_stay() -> None:

@@ -85,7 +85,7 @@ def test_compiled_functions_have_the_data_of_their_block(monkeypatch: pytest.Mon
     monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: made.append(1) or graph)
     found = gathered(monkeypatch, most)
     theta = torch.tensor([0.7], dtype=torch.float64)
-    functions = found.compiled(summed, lambda block: (theta, torch.zeros(block.count, 1, dtype=theta.dtype)))
+    functions = found.by_block(summed, lambda block: (theta, torch.zeros(block.count, 1, dtype=theta.dtype)))
     total = sum(
         float(f(theta, torch.full((b.count, 1), 0.3, dtype=theta.dtype))[0])
         for f, b in zip(functions, found.blocks, strict=True)
