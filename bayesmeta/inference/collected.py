@@ -20,6 +20,7 @@ from torch import Tensor
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.derivatives import Prepared
+from bayesmeta.hierarchy.recording import Recorded
 from bayesmeta.hierarchy.sufficient import condensed, widest
 from bayesmeta.inference.chunks import like_sizes
 
@@ -81,6 +82,7 @@ class Collected:
         density: The model.
         tasks: The tasks.
         points: At how many points the density of each task is evaluated at once.
+        function: The log joint density of a task; by default that of θ and whitened noise.
 
     Attributes:
         blocks: The tasks, few of them in one block.
@@ -89,8 +91,11 @@ class Collected:
         values: The learned values that the model starts with.
     """
 
-    def __init__(self, density: TaskDensity, tasks: Tasks, *, points: int = 1) -> None:
+    def __init__(
+        self, density: TaskDensity, tasks: Tasks, *, points: int = 1, function: Recorded | None = None
+    ) -> None:
         self.density, self.count = density, len(tasks)
+        self._log_task = density.log_task if function is None else function
         self.values = dict(density.learned.values)
         self._theta = density.initial_theta()
         groups = self._groups(tasks, points)
@@ -119,7 +124,7 @@ class Collected:
         """The graph of some tasks, and which inputs of it change; none where it could not be recorded."""
         data = self.density.tensors(tasks.batch(index))
         noise = self._theta.new_zeros(len(index), self.density.structure.task_size)
-        graph = self.density.log_task.graph(self._theta, noise, data, self.values)
+        graph = self._log_task.graph(self._theta, noise, data, self.values)
         if not isinstance(graph, torch.fx.GraphModule):
             return graph, []
         count = len(data) + 2

@@ -24,14 +24,16 @@ class Joint:
     Args:
         density: The model, in float64.
         tasks: The tasks.
+        centred: Tasks have their parameters, in unconstrained space, in place of their noise.
 
     Attributes:
         shared_size: Coordinates of θ, the first of a position.
         size: Coordinates of a position.
     """
 
-    def __init__(self, density: TaskDensity, tasks: Tasks) -> None:
-        self._collected = collected = Collected(density, tasks)
+    def __init__(self, density: TaskDensity, tasks: Tasks, *, centred: bool = False) -> None:
+        function = density.log_task_unconstrained if centred else density.log_task
+        self._collected = collected = Collected(density, tasks, function=function)
         self.shared_size, self._dim = density.structure.shared_size, density.structure.task_size
         self.size = self.shared_size + collected.count * self._dim
         self._origin, self._scale = density.prior_scale()
@@ -64,6 +66,13 @@ class Joint:
             ..., self._collected.order, :
         ]
         return torch.cat([self._origin + self._scale * at[..., : self.shared_size], noise.flatten(-2)], -1).numpy()
+
+    def place(self, drawn: np.ndarray) -> np.ndarray:
+        """The inverse of `view`."""
+        at = torch.as_tensor(drawn)
+        theta = (at[..., : self.shared_size] - self._origin) / self._scale
+        noise = at[..., self.shared_size :].unflatten(-1, (self._collected.count, self._dim))
+        return torch.cat([theta, noise[..., self._collected.order.argsort(), :].flatten(-2)], -1).numpy()
 
     def __call__(self, position: np.ndarray) -> tuple[float, np.ndarray]:
         """Log density and its gradient."""

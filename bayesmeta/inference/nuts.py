@@ -1,7 +1,7 @@
 """The No-U-Turn sampler on the compiled joint density of θ and all tasks: nutpie, an optional extra.
 
 The reference for awkward posteriors. Task parameters are sampled in whitened coordinates, the non-centred
-parametrisation, around where θ puts them (`shear.py`).
+parametrisation, around where θ puts them (`shear.py`), or as they are where data say much about them (`centring.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.centring import Centred, informed
 from bayesmeta.inference.collected import in_double, rows
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.joint import Joint
@@ -43,7 +44,7 @@ class NUTS:
     Args:
         chains: Number of chains.
         warmup: Transitions that adapt step size and mass matrix, a chain; of 500 and more the first fifth looks for
-            coordinates in which tasks follow θ.
+            coordinates in which tasks depend little on θ.
         draws: Draws kept, a chain.
     """
 
@@ -69,7 +70,7 @@ class NUTS:
         precise = in_double(density, tasks)
         with threads_for(rows(tasks)):
             joint = Joint(precise, tasks)
-            drawn = self._sampled(joint, progress)
+            drawn = self._sampled(precise, tasks, joint, progress)
         size, dim = density.structure.shared_size, density.structure.task_size
         flat = torch.as_tensor(drawn.draws).flatten(0, 1)
         noise = flat[:, size:].reshape(len(flat), len(tasks), dim)
@@ -78,7 +79,7 @@ class NUTS:
         record["seconds"] = time.perf_counter() - began
         return Inferred(laplace_guides(density, tasks, shared.theta), shared, History(stages=[record]))
 
-    def _sampled(self, joint: Joint, progress: bool) -> Drawn:
+    def _sampled(self, density: TaskDensity, tasks: Tasks, joint: Joint, progress: bool) -> Drawn:
         first = self.warmup // PILOT
         if not joint.shared_size or first < LEAST_PILOT:
             lengths = Lengths(self.chains, self.warmup, self.draws)
@@ -86,12 +87,20 @@ class NUTS:
         pilot, _ = positions_of(
             lambda: joint, joint.start, Lengths(self.chains, first - first // 4, first // 4), dim=joint.size
         )
-        sheared = Sheared(joint, pilot)
-        density, ends = (sheared, sheared.inverse(pilot[:, -1])) if sheared.fits else (joint, pilot[:, -1])
-        lengths, starts = Lengths(self.chains, self.warmup - first, self.draws), itertools.cycle(ends)
+        chosen, ends = _coordinates(density, tasks, joint, pilot), pilot[:, -1]
+        starts = itertools.cycle(ends if isinstance(chosen, Joint) else chosen.inverse(ends))
+        lengths = Lengths(self.chains, self.warmup - first, self.draws)
         return sample(
-            lambda: density, lambda: next(starts), lengths, dim=joint.size, progress=progress, view=density.view
+            lambda: chosen, lambda: next(starts), lengths, dim=joint.size, progress=progress, view=chosen.view
         )
+
+
+def _coordinates(density: TaskDensity, tasks: Tasks, joint: Joint, pilot: np.ndarray) -> Joint | Centred | Sheared:
+    """Those in which the tasks depend least on θ, at the positions `(chain, draw, d)` of first draws."""
+    if informed(density, tasks, joint, pilot):
+        return Centred(density, tasks, joint)
+    sheared = Sheared(joint, pilot)
+    return sheared if sheared.fits else joint
 
 
 def check_lengths(name: str, chains: int, warmup: int, draws: int) -> None:
