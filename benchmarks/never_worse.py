@@ -1,8 +1,9 @@
 """Is sharing ever worse? `python -m benchmarks.never_worse [--cells radon identical …]`.
 
 For each cell the held-out log score of the robust prior minus that of the better of no pooling and complete pooling,
-paired by row. Cells: tasks that are identical, in between and unrelated (generated), the radon counties that ship, each
-at three sizes. The robust prior is chosen on inner folds and scored on outer ones.
+paired by row. Cells: tasks that are identical, in between and unrelated (generated), the radon counties that ship, and
+School and Parkinsons, which do not, each at three sizes. The robust prior is chosen on inner folds and scored on outer
+ones.
 """
 
 from __future__ import annotations
@@ -10,15 +11,27 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 import bayesmeta as bm
 from bayesmeta.checks.folds import COMPLETE_POOLING, NO_POOLING, ROBUST
+from benchmarks.grouped_linear import DATA, parkinsons, school
 
 SPREADS = {"identical": 0.0, "between": 0.5, "unrelated": 5.0}
-SIZES = {"identical": (5, 10, 20), "between": (5, 10, 20), "unrelated": (5, 10, 20), "radon": (15, 40, 85)}
+SIZES = {
+    "identical": (5, 10, 20),
+    "between": (5, 10, 20),
+    "unrelated": (5, 10, 20),
+    "radon": (15, 40, 85),
+    "school": (5, 10, 20),
+    "parkinsons": (5, 10, 20),
+}
+READ = {"school": school, "parkinsons": parkinsons}
+RECORDINGS = 20
+"""Of each patient, at random: pupils of a school are taken all."""
 ROWS, INPUTS, NOISE = 10, 2, 0.5
 
 
@@ -40,10 +53,29 @@ def radon(count: int, seed: int) -> bm.Tasks:
     return bm.Tasks.from_dataframe(homes[homes["county"].isin(counties)], task="county", x="floor", y="log_radon")
 
 
-def run(cell: str, count: int, folds: int, seed: int) -> tuple[float, float]:
+def grouped(cell: str, count: int, seed: int, folder: Path) -> bm.Tasks:
+    """Some of the schools, or some recordings of some patients, without the inputs that are constant there."""
+    generator = np.random.default_rng(seed)
+    groups = READ[cell](folder)
+    chosen = [groups[i] for i in generator.permutation(len(groups))[:count]]
+    if cell == "parkinsons":
+        chosen = [group.rows(generator.permutation(len(group.y))[:RECORDINGS]) for group in chosen]
+    varying = np.concatenate([group.x for group in chosen]).std(0) > 0
+    names = [f"{cell} {i}" for i in range(count)]
+    return bm.Tasks.from_arrays([group.x[:, varying] for group in chosen], [group.y for group in chosen], names=names)
+
+
+def tasks_of(cell: str, count: int, seed: int, folder: Path) -> bm.Tasks:
+    """The tasks of a cell."""
+    if cell in SPREADS:
+        return generated(SPREADS[cell], count, seed)
+    return radon(count, seed) if cell == "radon" else grouped(cell, count, seed, folder)
+
+
+def run(cell: str, tasks: bm.Tasks, folds: int, seed: int) -> tuple[float, float]:
     """The difference of a cell and its standard error; prints the table."""
-    tasks = radon(count, seed) if cell == "radon" else generated(SPREADS[cell], count, seed)
-    model = bm.models.multitask(features=tasks.x.shape[1])
+    units = tasks if cell in READ else None
+    model = bm.models.multitask(features=tasks.x.shape[1], standardize=units)
     start = time.perf_counter()
     method = bm.Marginal(shared="normal", chains=2, draws=250)
     scores = bm.compare_sharing(
@@ -51,7 +83,9 @@ def run(cell: str, count: int, folds: int, seed: int) -> tuple[float, float]:
     )
     better = max(NO_POOLING, COMPLETE_POOLING, key=lambda name: scores.total(name)[0])
     mean, error = scores.total(ROBUST, over=better)
-    print(f"{cell}, {count} tasks, {time.perf_counter() - start:.0f} s; weights {scores.weights}\n{scores.table()}")
+    print(
+        f"{cell}, {len(tasks)} tasks, {time.perf_counter() - start:.0f} s; weights {scores.weights}\n{scores.table()}"
+    )
     print(f"  robust minus {better}: {mean:+.4f} ± {error:.4f} nats a row\n", flush=True)
     return mean, error
 
@@ -60,10 +94,19 @@ def main() -> None:
     """Prints every cell and the verdict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", type=int, choices=range(3), default=range(3), help="which of the sizes")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=DATA)
     options = parser.parse_args()
-    found = [run(cell, count, options.folds, options.seed) for cell in options.cells for count in SIZES[cell]]
+    found = []
+    for cell in options.cells:
+        if cell in READ and not options.data.is_dir():
+            print(f"skipped {cell}: {options.data} is not there; give --data a folder with school/ and parkinsons/")
+            continue
+        for size in options.sizes:
+            tasks = tasks_of(cell, SIZES[cell][size], options.seed, options.data)
+            found.append(run(cell, tasks, options.folds, options.seed))
     means, errors = (np.array(values) for values in zip(*found, strict=True))
     print(
         f"{len(found)} cells: mean difference {means.mean():+.4f}; worse by more than 3 standard errors in "

@@ -50,17 +50,20 @@ class Marginal:
         chains: Number of chains of "nuts".
         warmup: Transitions of adaptation, a chain.
         draws: Draws kept, a chain.
+        starts: From how many θ the mode is looked for, the prior's centre and draws of the prior. Priors with clusters
+            or odd tasks have several modes.
     """
 
     shared: str = "nuts"
     chains: int = 4
     warmup: int = 1000
     draws: int = 1000
+    starts: int = 1
 
     def __post_init__(self) -> None:
         if self.shared not in SHARED:
             raise ValueError(f"Marginal: shared must be one of {sorted(SHARED)}, got {self.shared!r}")
-        check_lengths("Marginal", self.chains, self.warmup, self.draws)
+        check_lengths("Marginal", chains=self.chains, warmup=self.warmup, draws=self.draws, starts=self.starts)
 
     def build(self, density: TaskDensity, tasks: Tasks) -> Guides:
         """Guides that infer tasks given draws of θ; a stored state fills them."""
@@ -89,7 +92,7 @@ class Marginal:
         precise = in_double(density, tasks)
         evidence = self._evidence(precise, tasks)
         mode = Mode(precise, evidence)
-        mode.find()
+        mode.find(starts=self.starts)
         for one in (precise, density):
             one.learned.values.update({name: value.to(one.dtype) for name, value in mode.values.items()})
         tried: SharedDraws | None = None

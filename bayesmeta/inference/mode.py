@@ -47,14 +47,16 @@ class Mode:
         self.values = {name: value.clone() for name, value in evidence.values.items()}
         self.theta = self._origin.clone()
 
-    def find(self) -> None:
+    def find(self, *, starts: int = 1) -> None:
         """Climbs to the mode; after a first climb in prior units again in units of the curvature.
+
+        Args:
+            starts: From how many θ to climb first, to go on from the best: the prior's centre and draws of the prior.
 
         Raises:
             ValueError: The log density is not finite at any start, or where the search ended.
         """
-        self.theta = self._start()
-        self._climb(self._scale.diag())
+        self.theta, self.values = max((self._reached(k) for k in range(starts)), key=lambda found: found[0])[1:]
         self._climb(self._half())
         if not bool(torch.isfinite(self._at(self.theta)[0])):
             raise ValueError(
@@ -64,6 +66,19 @@ class Mode:
 
     def _at(self, theta: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         return self._evidence(theta, list(self.values.values()))
+
+    def _reached(self, start: int) -> tuple[float, Tensor, dict[str, Tensor]]:
+        """Log density, θ and learned values at the end of a first climb; one that fails counts for nothing."""
+        self.values = {name: value.clone() for name, value in self._evidence.values.items()}
+        self.theta = self._origin + self._scale * torch.randn_like(self._origin) if start else self._start()
+        try:
+            self._climb(self._scale.diag())
+        except RuntimeError:  # a matrix that is not positive definite
+            if not start:
+                raise
+            return -math.inf, self.theta, self.values
+        value = float(self._at(self.theta)[0])
+        return value if math.isfinite(value) else -math.inf, self.theta, self.values
 
     def _start(self) -> Tensor:
         """The prior's centre, or another θ near it where the density is finite."""

@@ -53,7 +53,7 @@ class NUTS:
     draws: int = 1000
 
     def __post_init__(self) -> None:
-        check_lengths("NUTS", self.chains, self.warmup, self.draws)
+        check_lengths("NUTS", chains=self.chains, warmup=self.warmup, draws=self.draws)
 
     def build(self, density: TaskDensity, tasks: Tasks) -> Guides:
         """Guides that infer tasks given draws of θ; a stored state fills them."""
@@ -103,9 +103,9 @@ def _coordinates(density: TaskDensity, tasks: Tasks, joint: Joint, pilot: np.nda
     return sheared if sheared.fits else joint
 
 
-def check_lengths(name: str, chains: int, warmup: int, draws: int) -> None:
-    """Refuses chains that are no positive whole numbers."""
-    for option, value in (("chains", chains), ("warmup", warmup), ("draws", draws)):
+def check_lengths(name: str, **lengths: int) -> None:
+    """Refuses options that are no positive whole numbers."""
+    for option, value in lengths.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: {option} must be a whole number of at least 1, got {value!r}")
 

@@ -194,3 +194,20 @@ def test_a_narrow_second_mode_between_the_points_that_are_tried_is_not_gaussian(
     assert not are_gaussian(density, tasks, theta)[0]
     suspected = torch.tensor([0.0, 40.0 / 3, 13.0] * 4, dtype=torch.float64)[:, None, None].expand(-1, 2, 1)
     assert not are_gaussian(density, tasks, theta, suspected=suspected).any()
+
+
+def one_or_two(batch: Batch) -> None:
+    """The share of a second cluster, far away, may be as good as 0."""
+    share = pyro.sample("share", dist.Beta(1.0, 1.0))
+    with batch.tasks():
+        apart = dist.Normal(torch.tensor([0.0, 1e3]), 1.0)
+        a = pyro.sample("a", dist.MixtureSameFamily(dist.Categorical(torch.stack([1 - share, share])), apart))
+        with batch.observations():
+            pyro.sample("y", dist.Normal(a, SIGMA), obs=batch.y)
+
+
+def test_a_mixture_that_looks_gaussian_at_some_theta_is_not_gaussian() -> None:
+    """Its curvature was not positive definite at other θ, which ended the fit."""
+    tasks = make_tasks(ROWS)
+    read = TaskDensity(one_or_two, tasks)
+    assert not are_gaussian(read, tasks, torch.full((4, 1), -800.0, dtype=torch.float64)).any()

@@ -109,3 +109,30 @@ def test_a_normal_from_its_covariance() -> None:
     truth = torch.distributions.MultivariateNormal(loc, covariance)
     at = torch.randn(5, 3, dtype=torch.float64)
     torch.testing.assert_close(shared.log_prob(at), truth.log_prob(at))
+
+
+class Hills:
+    """Two hills, the lower one at the prior's centre; beyond 6 the density cannot be had."""
+
+    def __init__(self, weight: float = 0.0) -> None:
+        self.values = {"weight": torch.tensor(weight, dtype=torch.float64)}
+
+    def __call__(self, theta: Tensor, values: Any = ()) -> Any:
+        (weight,) = values
+        if float(theta.abs()) > 6:
+            raise RuntimeError("a matrix is not positive definite")
+        at, moved = theta.detach().requires_grad_(), weight.detach().requires_grad_()
+        with torch.enable_grad():
+            hills = torch.logaddexp(-0.5 * (at / 0.5) ** 2, 3 - 0.5 * ((at - 3) / 0.5) ** 2).sum()
+            total = hills - (moved - theta.mean()) ** 2
+            slopes = torch.autograd.grad(total, [at, moved])
+        return total.detach(), slopes[0], [slopes[1]]
+
+
+@pytest.mark.parametrize(("starts", "expected"), [(1, 0.0), (20, 3.0)])
+def test_the_highest_of_several_climbs(starts: int, expected: float) -> None:
+    torch.manual_seed(0)
+    mode = Mode(TaskDensity(centre, make_tasks(ROWS)), Hills())  # type: ignore[arg-type]
+    mode.find(starts=starts)
+    assert float(mode.theta) == pytest.approx(expected, abs=0.01)
+    assert float(mode.values["weight"]) == pytest.approx(expected, abs=0.01)

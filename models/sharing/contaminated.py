@@ -1,0 +1,107 @@
+"""Tasks of which some are unlike all others: φ_i ~ (1 − ε) p(φ | inner prior) + ε N(centre, wide).
+
+Without the second part one odd task widens the scales of all; with it the odd ones pay for themselves. A task's
+posterior may have two modes; the ladder finds them or says so.
+
+References:
+    Tukey: A Survey of Sampling from Contaminated Distributions, 1960
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+import bayesmeta as bm
+from bayesmeta.models.sharing.blocks import Blocks, Sharing
+from bayesmeta.models.sharing.factors import Factors
+
+
+@dataclass(frozen=True)
+class Contaminated(Sharing):
+    """Another sharing prior, and a share of tasks that do not follow it.
+
+    Shared sites: those of the inner prior; `odd`, the share ~ Beta(1, 1); `wide`, one a block, how much wider their sds
+    are: variance of the inner prior + wide², wide ~ HalfNormal(`sd_scale`).
+
+    Args:
+        inner: The prior of the others: Gaussian, Factors or Clusters.
+    """
+
+    inner: Sharing = dataclasses.field(default_factory=Factors)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.inner, Sharing) or isinstance(self.inner, Contaminated):
+            raise ValueError(f"Contaminated: expected a prior of bm.models.sharing, got {self.inner!r}")
+
+    def over(self, blocks: Blocks) -> Self:
+        """Returns both parts over some blocks."""
+        return dataclasses.replace(self, blocks=blocks, inner=self.inner.over(blocks))
+
+    @property
+    def shared(self) -> dict[str, Distribution]:
+        """Those of the inner prior, `odd` and `wide`."""
+        wide = dist.HalfNormal(torch.full((len(self.blocks.all),), self.sd_scale)).to_event(1)
+        return {**self.inner.shared, "odd": dist.Beta(1.0, 1.0), "wide": wide}
+
+    def distribution(self, shared: Mapping[str, Tensor], batch: bm.Batch) -> Distribution:
+        """The mixture."""
+        weights, loc, factor = self._parts(shared, batch)
+        return dist.MixtureSameFamily(dist.Categorical(weights), dist.MultivariateNormal(loc, scale_tril=factor))
+
+    def variance(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """Of both parts."""
+        return self.inner.variance(shared) + shared["odd"] * shared["wide"][self.blocks.index].square()
+
+    def similarity(self, phi: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        """That of the inner prior, times the probabilities that both tasks follow it `(T, T)`."""
+        follows = torch.zeros(phi.shape[1], dtype=phi.dtype)
+        for s, draw in enumerate(phi):
+            follows += self.following(draw, {name: values[s] for name, values in shared.items()}) / len(phi)
+        return (self.inner.similarity(phi, shared) * follows * follows.unsqueeze(-1)).fill_diagonal_(1.0)
+
+    def following(self, phi: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        """Probability that a task with parameters φ `(…, d)` follows the inner prior, `(…)`."""
+        weights, loc, factor = self._parts(shared, None)
+        each = dist.MultivariateNormal(loc, scale_tril=factor).log_prob(phi.unsqueeze(-2))
+        return 1 - torch.softmax(each + weights.log(), -1)[..., -1]
+
+    def _parts(self, shared: Mapping[str, Tensor], batch: bm.Batch | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights `(K,)`, means `(K, d)` and triangular factors `(K, d, d)`; the last is that of the odd tasks."""
+        weights, loc, factor = _normals(self.inner.distribution(shared, batch))  # type: ignore[arg-type]
+        sd = (self.inner.variance(shared) + shared["wide"][self.blocks.index].square()).sqrt()
+        odd = shared["odd"].unsqueeze(-1)
+        return (
+            torch.cat([(1 - odd) * weights, odd]),
+            torch.cat([loc, self.blocks.centre(shared).expand(1, -1)]),
+            torch.cat([factor, torch.diag(sd).unsqueeze(0)]),
+        )
+
+
+def _normals(prior: Distribution) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, means and triangular factors of a mixture of normals, or of one normal.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(prior, torch.distributions.MixtureSameFamily):
+        _, loc, factor = _normals(prior.component_distribution)
+        return prior.mixture_distribution.probs, loc, factor
+    if isinstance(prior, torch.distributions.MultivariateNormal):
+        loc, factor = prior.loc, prior.scale_tril
+    elif isinstance(base := getattr(prior, "base_dist", None), torch.distributions.Normal):
+        loc, factor = base.loc, torch.diag_embed(base.scale)
+    else:
+        raise ValueError(
+            f"Contaminated: expected an inner prior that is normal or a mixture of them, got {type(prior).__name__}; "
+            "use Gaussian, Factors or Clusters of bm.models.sharing"
+        )
+    return torch.ones(1), torch.atleast_2d(loc), factor.reshape(-1, *factor.shape[-2:])
