@@ -70,7 +70,8 @@ def multitask(
             "film", "gates" (attention over features), "experts", "cross_stitch", "sluice", or one of
             `bm.models.conditioning` with options.
         sharing: How the φ_i relate: "gaussian", "laplace", "factors" (a learned task covariance), "clusters", or one of
-            `bm.models.sharing` with options. None: "gaussian"; for "independent" a Gaussian of fixed large scale.
+            `bm.models.sharing` with options; its `Contaminated` lets some tasks be like no others. None: "gaussian";
+            for "independent" a Gaussian of fixed large scale.
         likelihood: One of `bm.likelihoods`, or a function of `(f, batch, shared)`; default `bm.likelihoods.Normal()`.
         noise: "shared", or "task": each task's own, the block `log_noise` of φ, for normal labels.
         standardize: Tasks whose inputs and normal labels, output by output, give the units that φ and the trunk live

@@ -1,6 +1,7 @@
 """Clusters of tasks: φ_i ~ Σ_k w_k N(μ_k, diag(τ²)), a mixture prior whose components are shared.
 
 A task's posterior may have several modes; the ladder finds them or says so. The order of the clusters means nothing.
+θ has many modes too: `bm.Marginal(starts=12)` looks for the highest from several places.
 
 References:
     Bakker, Heskes: Task Clustering and Gating for Bayesian Multitask Learning, 2003

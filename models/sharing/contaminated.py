@@ -1,7 +1,8 @@
 """Tasks of which some are unlike all others: φ_i ~ (1 − ε) p(φ | inner prior) + ε N(centre, wide).
 
 Without the second part one odd task widens the scales of all; with it the odd ones pay for themselves. A task's
-posterior may have two modes; the ladder finds them or says so.
+posterior may have two modes; the ladder finds them or says so. θ has several as well (all tasks follow, scales being
+wide, or some are odd): `bm.Marginal(starts=12)` looks for the highest from several places.
 
 References:
     Tukey: A Survey of Sampling from Contaminated Distributions, 1960
