@@ -151,7 +151,8 @@ class Multitask(bm.HierarchicalModel):
 
     def plot_similarity(self, posterior: bm.Posterior, path: str | None = None) -> Figure:
         """A picture of `similarity`, tasks that are alike side by side; saved if a path is given."""
-        label = "probability to be of one cluster" if isinstance(self.sharing, sharings.Clusters) else "similarity"
+        inner = self.sharing.inner if isinstance(self.sharing, sharings.Contaminated) else self.sharing
+        label = "probability to be of one cluster" if isinstance(inner, sharings.Clusters) else "similarity"
         picture = bm.checks.sharing_pictures.similarity(self.similarity(posterior), posterior.names, label=label)
         return _saved(picture, path)
 

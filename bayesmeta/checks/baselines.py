@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,19 +17,22 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
+from bayesmeta.data.batch import Batch
 from bayesmeta.data.schema import COLUMN, TASK_COLUMN
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.fitting import Fit, learn
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.latents import split
 from bayesmeta.hierarchy.likelihoods import Normal, StudentT
 from bayesmeta.hierarchy.model import HierarchicalModel
-from bayesmeta.hierarchy.priors import Custom
+from bayesmeta.hierarchy.priors import Custom, Prior
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.inference.candidates import BY_DRAW
 from bayesmeta.inference.chunks import task_chunks, theta_chunks
 from bayesmeta.inference.marginal import Marginal
-from bayesmeta.inference.weighing import Parts, TaskDraws, equal_draws, judged
+from bayesmeta.inference.weighing import Parts, equal_draws, judged
 from bayesmeta.results.posterior import Posterior
 from bayesmeta.results.prediction import Prediction
 from bayesmeta.results.training_tasks import TrainingTasks
@@ -36,8 +40,12 @@ from bayesmeta.results.training_tasks import TrainingTasks
 PRIOR_SD = 10.0
 """Of every task parameter around its centre, x and y standardised."""
 THETA_DRAWS = 400
-"""Draws of the noise: there are as many of φ as are asked for."""
+"""Without pooling; of complete pooling there are as many of all as of a prediction."""
 ALL = "all tasks"
+TRIED, NEAR, ROUNDING = 3, 0.05, 1e-9
+"""At so many φ within so many prior sds the merged rows must have the likelihood of all tasks, but for rounding."""
+SAME = 1e-12
+"""Sd between tasks of one φ."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,8 @@ class Baseline:
         self.units, self.draws, self.seed = Units.of(model, known), draws, seed
         self._tasks = self.units.tasks(known)
         self._model = copy.copy(model)
-        shape = () if np.ndim(centre) == 0 else (1,)
-        self._model.prior = Custom(dist.Normal(torch.as_tensor(centre), PRIOR_SD).to_event(len(shape)))
+        self._centre = centre
+        self._model.prior = Custom(dist.Normal(torch.as_tensor(centre), PRIOR_SD).to_event(np.ndim(centre)))
         self._model.likelihood = self.units.likelihood(model.likelihood)
         self._density = TaskDensity(self._model, self._tasks)
         if self._density.learned.values:
@@ -154,8 +162,8 @@ class Baseline:
         found = tuple(posterior.predict(at, site=site) for site in posterior.density.structure.outcomes)
         return found, tuple(posterior.flag)
 
-    def _learned(self, tasks: Tasks) -> Fit:
-        return learn(self._model, tasks, Marginal("normal", chains=1, draws=THETA_DRAWS), seed=self.seed)
+    def _learned(self, model: HierarchicalModel, tasks: Tasks, *, draws: int) -> Fit:
+        return learn(model, tasks, Marginal("normal", chains=1, draws=draws), seed=self.seed)
 
     def _standard(self, tasks: Tasks) -> Tasks:
         return self.units.tasks(tasks.aligned(self._tasks.schema))
@@ -167,7 +175,7 @@ class NoPooling(Baseline):
     name = "no pooling"
 
     def _fitted(self) -> Fit:
-        return self._learned(self._tasks)
+        return self._learned(self._model, self._tasks, draws=THETA_DRAWS)
 
     def posterior(self, context: Tasks) -> Posterior:
         """That of the fit."""
@@ -180,17 +188,52 @@ class CompletePooling(Baseline):
     name = "complete pooling"
 
     def _fitted(self) -> Fit:
-        return self._learned(self._tasks.merged(ALL))
+        """All rows as those of one task; where the rows of a task hang together, tasks with one φ that they share."""
+        whole = self._tasks.merged(ALL)
+        if self._adds_up(whole):
+            return self._learned(self._model, whole, draws=self.draws)
+        model = copy.copy(self._model)
+        model.prior = _OnePhi(self._centre)
+        return self._learned(model, self._tasks, draws=self.draws)
+
+    def _adds_up(self, whole: Tasks) -> bool:
+        """Whether the likelihood of all rows as one task is the product of the tasks' own, near the prior's centre."""
+        sizes = (self._density.structure.shared_size, self._density.structure.task_size)
+        with seeded(self.seed), torch.no_grad():
+            theta, noise = (NEAR * torch.randn(TRIED, size, dtype=torch.float64) for size in sizes)
+            apart = _log_likelihood(self._density, self._tasks, theta, noise).sum(1)
+            together = _log_likelihood(TaskDensity(self._model, whole), whole, theta, noise)[:, 0]
+        return torch.allclose(apart, together, rtol=ROUNDING, atol=ROUNDING)
 
     @cached_property
-    def whole(self) -> Posterior:
-        """The posterior of the one task that all training tasks are."""
-        return self.fit.posterior(self.fit.tasks, draws=self.draws, seed=self.seed)
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """Draws of θ `(S, d_theta)` and of the noise of the one φ `(S, d)`."""
+        if len(self.fit.tasks) == 1:
+            return tuple(part[:, 0] for part in self._of_all.paired())  # type: ignore[return-value]
+        flat = self._of_all.paired()[0][:, 0]
+        parts = split(self._of_all.density.structure.shared, flat)
+        noise = (parts.pop(_OnePhi.site) - torch.as_tensor(self._centre)) / PRIOR_SD
+        theta = [part.reshape(len(flat), -1) for part in parts.values()]
+        return torch.cat([flat[:, :0], *theta], 1), noise.reshape(len(flat), -1)
+
+    @cached_property
+    def _of_all(self) -> Posterior:
+        """The posterior of the one task that all are; or draws of what all share."""
+        if len(self.fit.tasks) == 1:
+            return self.fit.posterior(self.fit.tasks, draws=self.draws, seed=self.seed)
+        return self.fit.prior(self.draws, like=self._tasks[:1], seed=self.seed)
+
+    @property
+    def _trust(self) -> tuple[float, str]:
+        """The larger k̂ of φ and θ, and what is wrong, "" if nothing."""
+        shared, khat = self.fit.shared, max(float(self._of_all.khat[0]), self.fit.shared.khat)
+        failed = f"complete pooling: θ's weights fail, k̂ {shared.khat:.2f}" if shared.status == "uncorrected" else ""
+        return khat, str(self._of_all.flag[0]) or failed
 
     @property
     def phi(self) -> np.ndarray:
-        """Posterior mean of the one φ `(d,)`, in standard units."""
-        return self.whole.mean("phi")[0]
+        """Posterior mean of the one φ `(d,)`, or `()`, in standard units."""
+        return self._centre + PRIOR_SD * self._whole[1].mean(0).numpy().reshape(np.shape(self._centre))
 
     def posterior(self, context: Tasks) -> Posterior:
         """Draws of the one φ: as they are for training tasks, weighed by the likelihood of their rows for new ones."""
@@ -198,33 +241,48 @@ class CompletePooling(Baseline):
         place = TrainingTasks(self._tasks).sort(tasks, updated="error")
         parts: Parts = []
         with seeded(self.seed + 1), torch.no_grad():
+            theta, noise = self._whole
             if len(place.known):
-                parts.append((place.known, self._as_it_is(len(place.known))))
+                khat, said = self._trust
+                everywhere = noise.unsqueeze(1).expand(-1, len(place.known), -1)
+                parts.append((place.known, equal_draws(theta, everywhere, "psis", khat, said, joint=True)))
             if len(place.new):
-                parts.append((place.new, self._weighed(tasks[place.new])))
+                log_weight = _log_likelihood(self._density, tasks[place.new], theta, noise)
+                everywhere = noise.unsqueeze(1).expand(-1, len(place.new), -1)
+                parts.append((place.new, judged(theta, everywhere, log_weight, "psis")))
         return Posterior(self._density, tasks, parts, self.seed)
 
-    def _as_it_is(self, tasks: int) -> TaskDraws:
-        theta, noise = self._draws(tasks)
-        return equal_draws(theta, noise, "psis", float(self.whole.khat[0]), str(self.whole.flag[0]), joint=True)
 
-    def _weighed(self, tasks: Tasks) -> TaskDraws:
-        theta, noise = self._draws(len(tasks))
-        both, values = torch.cat([theta, noise[:, 0]], 1), dict(self._density.learned.values)
-        log_weight = theta.new_empty(len(theta), len(tasks))
-        for chunk in task_chunks(tasks, exact_size=self._density.structure.exact_size, draws=len(theta)):
-            data, index = self._density.tensors(chunk.batch), torch.as_tensor(chunk.index)
-            for draws, part in theta_chunks(both, chunk.batch):
-                at, phi = part.split([theta.shape[1], noise.shape[2]], 1)
-                phi = phi.unsqueeze(1).expand(-1, len(chunk.batch.names), -1)
-                rows = self._density.log_parts.mapped(at, phi, data, values, in_dims=BY_DRAW)[1]
-                log_weight[draws, index] = rows[: draws.stop - draws.start, : len(index)]
-        return judged(theta, noise, log_weight, "psis")
+class _OnePhi(Prior):
+    """φ ~ N(centre, 10² I), one for all tasks."""
 
-    def _draws(self, tasks: int) -> tuple[Tensor, Tensor]:
-        """θ `(S, d_theta)` and the one noise for some tasks `(S, T, d)`."""
-        theta, noise = self.whole.paired()
-        return theta[:, 0], noise.expand(-1, tasks, -1)
+    site = "phi_of_all"
+
+    def __init__(self, centre: np.ndarray) -> None:
+        self._centre = torch.as_tensor(centre)
+
+    @property
+    def shared(self) -> dict[str, Distribution]:
+        """The one φ."""
+        return {self.site: dist.Normal(self._centre, PRIOR_SD).to_event(self._centre.dim())}
+
+    def distribution(self, shared: Mapping[str, Tensor], batch: Batch) -> Distribution:
+        """It, to numerical precision."""
+        return dist.Normal(shared[self.site], SAME).to_event(self._centre.dim())
+
+
+def _log_likelihood(density: TaskDensity, tasks: Tasks, theta: Tensor, noise: Tensor) -> Tensor:
+    """Log p(D_i | φ, θ_s) of the same φ for all tasks: θ `(S, d_theta)` and its noise `(S, d)` -> `(S, T)`."""
+    both, values = torch.cat([theta, noise], 1), dict(density.learned.values)
+    found = theta.new_empty(len(theta), len(tasks))
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, draws=len(theta)):
+        data, index = density.tensors(chunk.batch), torch.as_tensor(chunk.index)
+        for draws, part in theta_chunks(both, chunk.batch):
+            at, phi = part.split([theta.shape[1], noise.shape[1]], 1)
+            phi = phi.unsqueeze(1).expand(-1, len(chunk.batch.names), -1)
+            rows = density.log_parts.mapped(at, phi, data, values, in_dims=BY_DRAW)[1]
+            found[draws, index] = rows[: draws.stop - draws.start, : len(index)]
+    return found
 
 
 def origin_of(model: Any) -> np.ndarray:

@@ -90,7 +90,8 @@ class SharingScores:
 
     @property
     def _best_sharing(self) -> str:
-        return max(self._sharing, key=lambda name: self.total(name)[0])
+        """`ROBUST` is none: it may be no pooling by another name."""
+        return max((name for name in self._sharing if name != ROBUST), key=lambda name: self.total(name)[0])
 
     @property
     def best(self) -> str:
@@ -164,7 +165,8 @@ def compare_sharing(
         models: A model, the *learned prior*, or several by name. The first one is of components.
         tasks: The tasks; those with a single row are scored without rows of their own.
         folds: Folds of the rows within each task, and of the tasks.
-        context: Rows of a left-out task that are given; None to leave no tasks out.
+        context: Rows of a left-out task that are given; those with no more rows are not scored there. None to leave
+            no tasks out.
         robust: Add a candidate that stacks all others with weights from `folds` inside the training rows of each fold,
             so that it is no worse than the better of no pooling and complete pooling by more than noise.
         method: How models are fitted, as in `bm.fit`.

@@ -24,8 +24,8 @@ from bayesmeta.inference.candidates import BY_DRAW
 from bayesmeta.inference.joint import Joint
 
 LEFT = 0.25
-"""Share of the prior's variance that is left of a task's noise once its rows are known, on average over tasks: with
-less they count as informed."""
+"""Share of the prior's variance that is left of the noise once rows are known, on average over tasks: with less of each
+coordinate tasks count as informed."""
 TRIED = 5
 """θ at which that is so, and parameters are linear functions of the noise."""
 LINEAR = 1e-9
@@ -48,9 +48,9 @@ def informed(density: TaskDensity, tasks: Tasks, joint: Joint, positions: np.nda
 
 
 def _left(joint: Joint, theta: np.ndarray) -> float:
-    """The mean share of the variance that is left at a θ; infinite where a task has no mode."""
+    """The share of the variance that is left at a θ of the worst coordinate; infinite where a task has no mode."""
     loc, factor = joint.conditional_modes(theta)
-    return float(np.square(np.linalg.inv(factor)).sum(1).mean()) if np.isfinite(loc).all() else math.inf
+    return float(np.square(np.linalg.inv(factor)).sum(1).mean(0).max()) if np.isfinite(loc).all() else math.inf
 
 
 class Centred:

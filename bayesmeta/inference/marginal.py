@@ -35,7 +35,7 @@ SHARED = ("nuts", "normal", "map")
 TRIED = 0.3
 """θ at which tasks are tested for being Gaussian are normal around the prior's centre with this sd, in prior units."""
 MODE_CALLS = 200
-"""About how often the marginal is called until its mode is found."""
+"""About how often the marginal is called until its mode is found from one start."""
 WEIGHED_ELEMENTS = 4_000_000_000
 """Bound on draws of θ × rows × points a task, where a normal is corrected."""
 
@@ -110,7 +110,8 @@ class Marginal:
 
     def _evidence(self, density: TaskDensity, tasks: Tasks) -> Evidence:
         kind = kind_of(density.structure.task_size, gaussian=_all_gaussian(density, tasks))
-        calls = {"nuts": None, "normal": MODE_CALLS + self.chains * self.draws, "map": MODE_CALLS}
+        until_mode = self.starts * MODE_CALLS
+        calls = {"nuts": None, "normal": until_mode + self.chains * self.draws, "map": until_mode}
         return Evidence(density, tasks, kind=kind, calls=calls[self.shared])
 
     def _sampled(self, density: TaskDensity, evidence: Evidence, mode: Mode, progress: bool) -> SharedDraws:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -22,7 +22,9 @@ from torch.distributions import Distribution
 
 import bayesmeta as bm
 from bayesmeta.models.sharing.blocks import Blocks, Sharing
+from bayesmeta.models.sharing.clusters import Clusters
 from bayesmeta.models.sharing.factors import Factors
+from bayesmeta.models.sharing.gaussian import Gaussian
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,16 @@ class Contaminated(Sharing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.inner, Sharing) or isinstance(self.inner, Contaminated):
-            raise ValueError(f"Contaminated: expected a prior of bm.models.sharing, got {self.inner!r}")
+        if not isinstance(self.inner, Gaussian | Factors | Clusters):
+            raise ValueError(
+                f"Contaminated: expected Gaussian, Factors or Clusters of bm.models.sharing inside, got {self.inner!r}"
+            )
+        if isinstance(self.inner, Gaussian) and self.inner.scale == 0:
+            raise ValueError("Contaminated: expected tasks that differ inside, got hard sharing; use a small scale")
+        if self.loc_scale not in (Sharing.loc_scale, self.inner.loc_scale):
+            raise ValueError(
+                f"Contaminated: expected loc_scale of the inner prior, got {self.loc_scale}; give it there"
+            )
 
     def over(self, blocks: Blocks) -> Self:
         """Returns both parts over some blocks."""
@@ -59,8 +69,10 @@ class Contaminated(Sharing):
         return dist.MixtureSameFamily(dist.Categorical(weights), dist.MultivariateNormal(loc, scale_tril=factor))
 
     def variance(self, shared: Mapping[str, Tensor]) -> Tensor:
-        """Of both parts."""
-        return self.inner.variance(shared) + shared["odd"] * shared["wide"][self.blocks.index].square()
+        """Of the mixture."""
+        weights, loc, factor = self._parts(shared, None)
+        mean = weights @ loc
+        return weights @ (factor.square().sum(-1) + (loc - mean).square())
 
     def similarity(self, phi: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """That of the inner prior, times the probabilities that both tasks follow it `(T, T)`."""
@@ -87,22 +99,13 @@ class Contaminated(Sharing):
         )
 
 
-def _normals(prior: Distribution) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, means and triangular factors of a mixture of normals, or of one normal.
-
-    Raises:
-        ValueError: It is neither.
-    """
+def _normals(prior: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, means and triangular factors of a mixture of normals, or of one normal."""
     if isinstance(prior, torch.distributions.MixtureSameFamily):
         _, loc, factor = _normals(prior.component_distribution)
         return prior.mixture_distribution.probs, loc, factor
     if isinstance(prior, torch.distributions.MultivariateNormal):
         loc, factor = prior.loc, prior.scale_tril
-    elif isinstance(base := getattr(prior, "base_dist", None), torch.distributions.Normal):
-        loc, factor = base.loc, torch.diag_embed(base.scale)
     else:
-        raise ValueError(
-            f"Contaminated: expected an inner prior that is normal or a mixture of them, got {type(prior).__name__}; "
-            "use Gaussian, Factors or Clusters of bm.models.sharing"
-        )
+        loc, factor = prior.base_dist.loc, torch.diag_embed(prior.base_dist.scale)
     return torch.ones(1), torch.atleast_2d(loc), factor.reshape(-1, *factor.shape[-2:])

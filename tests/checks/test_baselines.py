@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_complete_pooling_takes_what_each_task_brings() -> None:
     total = precision.sum() + 1 / (PRIOR_SD * unit) ** 2
     mean, sd = (precision @ rows + rows.mean() / (PRIOR_SD * unit) ** 2) / total, 1 / math.sqrt(total)
     assert abs(pooled.phi[0] * unit + rows.mean() - mean) < 4 * sd / math.sqrt(DRAWS)
-    assert float(pooled.whole.sd("phi")[0, 0]) * unit == pytest.approx(sd, rel=0.03)
+    assert float(pooled.posterior(known).sd("phi")[0, 0]) * unit == pytest.approx(sd, rel=0.03)
 
 
 def test_kinds_of_tasks_are_pooled_as_rows_of_their_kind() -> None:
@@ -170,6 +171,44 @@ def test_kinds_of_tasks_are_pooled_as_rows_of_their_kind() -> None:
         assert flags == ("", "", "")
         assert counts.mean[[0, 2], 0] == pytest.approx(3.0, rel=0.3)
         assert logs.mean[1, 0] == pytest.approx(math.log(3.0), rel=0.3)
+
+
+def test_rows_that_hang_together_stay_in_their_tasks() -> None:
+    """Rows of a task share an unknown level of sd 1, a covariance: the one mean is known no better than 1/√T."""
+    rng = np.random.default_rng(0)
+    y = 2 + rng.normal(size=(6, 1)) + 0.3 * rng.normal(size=(6, 4))
+    known = Tasks.from_arrays(None, list(y), names=list("abcdef"))
+
+    def coupled(f: torch.Tensor, batch: Any, shared: Any) -> Any:
+        size = f.shape[-1]
+        covariance = 0.09 * torch.eye(size, dtype=f.dtype) + torch.ones(size, size, dtype=f.dtype)
+        return torch.distributions.MultivariateNormal(f.unsqueeze(1), covariance)
+
+    one = HierarchicalModel(priors.Gaussian(1), lambda phi, x: phi[..., 0].expand(*x.shape[:2]), coupled)
+    pooled = CompletePooling(one, known, centre=np.zeros(1), draws=4000)
+    precision = 6 / (1 + 0.09 / 4) + 1 / PRIOR_SD**2
+    mean, sd = y.mean(1).sum() / (1 + 0.09 / 4) / precision, precision**-0.5
+    found = pooled.posterior(known)
+    assert found.flag.tolist() == [""] * 6
+    assert abs(pooled.phi[0] - mean) < 5 * sd / math.sqrt(pooled.fit.shared.ess * 4000)
+    assert float(found.sd("phi")[0, 0]) == pytest.approx(sd, rel=0.06)
+
+
+def test_a_predictor_that_reads_its_task_reads_no_other() -> None:
+    """Inputs centred within each task: with the mean of all rows the slope would be lost."""
+    rng = np.random.default_rng(0)
+    x = [10.0 * i + rng.normal(size=(8, 1)) for i in range(6)]
+    known = Tasks.from_arrays(x, [2 * (a - a.mean())[:, 0] + 0.3 * rng.normal(size=8) for a in x], names=list("abcdef"))
+
+    def within(phi: torch.Tensor, x: torch.Tensor, batch: Any) -> torch.Tensor:
+        rows = batch.mask.to(x.dtype)
+        mean = (x[..., 0] * rows).sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
+        return phi[..., 0] * (x[..., 0] - mean)
+
+    one = HierarchicalModel(priors.Gaussian(1), within, likelihoods.Normal())
+    pooled = CompletePooling(one, known, centre=np.zeros(1), draws=1000)
+    slope = pooled.phi[0] * pooled.units.y_scale / float(np.ravel(pooled.units.x_scale)[0])
+    assert slope == pytest.approx(2.0, abs=0.15)
 
 
 def test_many_parameters() -> None:

@@ -110,6 +110,25 @@ def test_where_rows_say_much_about_tasks(
     assert informed(density, tasks, joint, 0.3 * RNG.normal(size=(2, 10, joint.size))) is expected
 
 
+def test_one_coordinate_that_rows_say_nothing_about_is_enough_to_stay_whitened() -> None:
+    """Its scale would be sampled in a funnel: 25 % of the draws below the 1 % quantile."""
+
+    def five(batch: bm.Batch) -> None:
+        tau = pyro.sample("tau", dist.HalfNormal(torch.ones(5)).to_event(1))
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.0, tau).to_event(1))
+            with batch.observations():
+                pyro.sample("y", dist.Normal((phi * batch.x).sum(-1), 0.3), obs=batch.y)
+
+    x = RNG.normal(size=(10, 40, 5)) * [1, 1, 1, 1, 0]
+    y = (x * RNG.normal(size=(10, 1, 5))).sum(-1) + 0.3 * RNG.normal(size=(10, 40))
+    for inputs, expected in ((x, False), (RNG.normal(size=x.shape), True)):
+        tasks = bm.Tasks.from_arrays(list(inputs), list(y))
+        density = TaskDensity(five, tasks)
+        joint = Joint(density, tasks)
+        assert informed(density, tasks, joint, 0.1 * RNG.normal(size=(2, 10, joint.size))) is expected
+
+
 def test_a_task_without_a_mode_is_not_informed(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = make_tasks(MANY)
     density = TaskDensity(centre, tasks)

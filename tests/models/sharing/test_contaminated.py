@@ -71,7 +71,12 @@ def test_density_and_membership(inner: Sharing, normals: list[Any], weights: np.
     assert (mixture.batch_shape, mixture.event_shape) == ((), (3,))
     np.testing.assert_allclose(mixture.log_prob(phi).numpy()[:, 0], total, rtol=1e-10)
     np.testing.assert_allclose(prior.following(phi[:, 0], point()).numpy(), 1 - np.exp(odd - total), atol=1e-10)
-    np.testing.assert_allclose(prior.variance(point()).numpy(), variance + ODD * WIDE**2)
+    middle = sum((1 - ODD) * w * n.mean for n, w in zip(normals, weights, strict=True)) + ODD * CENTRE
+    second = sum(
+        (1 - ODD) * w * (np.diag(n.cov) + (n.mean - middle) ** 2) for n, w in zip(normals, weights, strict=True)
+    )
+    second = second + ODD * (variance + WIDE**2 + (CENTRE - middle) ** 2)
+    np.testing.assert_allclose(prior.variance(point()).numpy(), second)
     assert set(prior.shared) == {*prior.inner.shared, "odd", "wide"} and prior.inner.blocks == BLOCKS
 
 
@@ -87,13 +92,19 @@ def test_similarity_is_that_of_tasks_that_follow() -> None:
     np.testing.assert_allclose(alike[0, 1], inner[0, 1] * follows[0] * follows[1])
 
 
-def test_what_cannot_be_contaminated_is_refused() -> None:
-    with pytest.raises(ValueError, match="Contaminated: expected a prior of bm.models.sharing, got 'factors'"):
-        Contaminated("factors")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected a prior of bm.models.sharing, got Contaminated"):
-        Contaminated(Contaminated())
-    with pytest.raises(ValueError, match="normal or a mixture of them, got TransformedDistribution; use Gaussian, "):
-        Contaminated(Laplace()).over(BLOCKS).distribution(point(), None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner": "factors"}, "expected Gaussian, Factors or Clusters of bm.models.sharing inside, got 'factors'"),
+        ({"inner": Contaminated()}, "Gaussian, Factors or Clusters of bm.models.sharing inside, got Contaminated"),
+        ({"inner": Laplace()}, "Gaussian, Factors or Clusters of bm.models.sharing inside, got Laplace"),
+        ({"inner": Gaussian(0.0)}, "expected tasks that differ inside, got hard sharing; use a small scale"),
+        ({"loc_scale": 1.0}, "expected loc_scale of the inner prior, got 1.0; give it there"),
+    ],
+)
+def test_what_cannot_be_contaminated_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Contaminated(**options)
 
 
 def test_odd_tasks_do_not_widen_the_others() -> None:
