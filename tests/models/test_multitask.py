@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import bayesmeta as bm
-from bayesmeta.checks.laplace import laplace
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.exact import ExactGuide
+from bayesmeta.inference.protocols import Context
 from bayesmeta.models import conditioning, sharing
 from bayesmeta.models.conditioning.base import Sizes
 
@@ -147,8 +148,10 @@ def task_means(scale: float, tasks: bm.Tasks, mu: Tensor) -> np.ndarray:
         features=D, sharing=sharing.Gaussian(scale=scale), likelihood=bm.likelihoods.Normal(0.3)
     )
     density = TaskDensity(model, tasks)
+    guide, batch = ExactGuide(), tasks.batch(np.arange(len(tasks)))
+    guide.attach(density, tasks)
     with torch.no_grad():
-        noise = laplace(density, tasks, mu.unsqueeze(0)).posterior.loc[0]
+        noise = guide.condition(mu.unsqueeze(0), Context(batch, density.tensors(batch))).loc[0]
     return (mu + scale * noise).numpy()
 
 
