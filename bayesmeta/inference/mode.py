@@ -16,6 +16,8 @@ STARTS = 20
 """θ that are tried where the density at the prior's centre is not finite."""
 SPREAD = 0.5
 """Their sd around the prior's centre, in prior units."""
+AGAIN = 5
+"""How often another start is tried where the search has ended in a place without curvature."""
 STEP = 1e-3
 """Of differences of the gradient, in sds of θ."""
 WIDEST = 1e4
@@ -56,13 +58,23 @@ class Mode:
         Raises:
             ValueError: The log density is not finite at any start, or where the search ended.
         """
-        self.theta, self.values = max((self._reached(k) for k in range(starts)), key=lambda found: found[0])[1:]
-        self._climb(self._half())
-        if not bool(torch.isfinite(self._at(self.theta)[0])):
-            raise ValueError(
-                "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
-                "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
-            )
+        for first in (0, *[1] * AGAIN):
+            found = [self._reached(k) for k in range(first, first + starts)]
+            self.theta, self.values = max(found, key=lambda one: one[0])[1:]
+            if self._settled():
+                return
+        raise ValueError(
+            "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
+            "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
+        )
+
+    def _settled(self) -> bool:
+        """Climbs on in units of the curvature; False where that cannot be had, or the density at the end."""
+        half = self._half()
+        if not bool(torch.isfinite(half).all()):
+            return False
+        self._climb(half)
+        return bool(torch.isfinite(self._at(self.theta)[0]))
 
     def _at(self, theta: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         return self._evidence(theta, list(self.values.values()))
@@ -118,6 +130,8 @@ class Mode:
             if not columns:
                 return half
             precision = torch.stack(columns)
+            if not bool(torch.isfinite(precision).all()):
+                return torch.full_like(half, math.nan)
             roots, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
             half = half @ (vectors / roots.abs().clamp(min=WIDEST**-2).sqrt())
         return half

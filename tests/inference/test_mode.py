@@ -136,3 +136,23 @@ def test_the_highest_of_several_climbs(starts: int, expected: float) -> None:
     mode.find(starts=starts)
     assert float(mode.theta) == pytest.approx(expected, abs=0.01)
     assert float(mode.values["weight"]) == pytest.approx(expected, abs=0.01)
+
+
+class Cliff:
+    """A peak at 3, and a slope that leads from the prior's centre to where there is no gradient."""
+
+    values: dict[str, Tensor] = {}
+
+    def __call__(self, theta: Tensor, values: Any = ()) -> Any:
+        at = theta.detach().requires_grad_()
+        with torch.enable_grad():
+            total = torch.where(at < 1, -at, -1 - 50 * ((at - 3) / 2) ** 2 + 50).sum()
+            (slope,) = torch.autograd.grad(total, at)
+        return total.detach(), torch.where(theta < -0.5, math.nan, slope), []
+
+
+def test_another_start_where_a_search_ended_without_curvature() -> None:
+    torch.manual_seed(0)
+    mode = Mode(TaskDensity(centre, make_tasks(ROWS)), Cliff())  # type: ignore[arg-type]
+    mode.find()
+    assert float(mode.theta) == pytest.approx(3.0, abs=0.01)
