@@ -34,6 +34,7 @@ sharing = bm.models.sharing
 PRIORS = {
     "coordinate": sharing.Gaussian(by="coordinate"),
     "block": sharing.Gaussian(),
+    "pooled": sharing.Gaussian(by="coordinate", spread=0.5),
     "factors": sharing.Factors(),
     "laplace": sharing.Laplace(),
     "full": sharing.Gaussian(by="coordinate", cov="full"),
@@ -57,10 +58,12 @@ def learn(given: Sequence[Task], prior: str, shared: str) -> bm.Fit:
 
 def score(fit: bm.Fit, given: bm.Tasks, held_out: Sequence[Task]) -> Score:
     """Scores the predictions of held-out rows given some rows of the same tasks."""
-    prediction = fit.posterior(given, draws=DRAWS).predict(as_tasks(held_out, given.names[0].rstrip("0123456789")))
+    new = as_tasks(held_out, given.names[0].rstrip("0123456789"))
+    post = fit.posterior(given, draws=DRAWS)
+    prediction = post.predict(new)
     log_prob = prediction.log_prob()
     there = ~np.isnan(log_prob)
-    y, mean = np.concatenate([task.y for task in held_out]), prediction.mean[there]
+    y, mean = np.concatenate([task.y for task in held_out]), post.predict(new, kind="mean").mean[there]
     lower, upper = (end[there] for end in prediction.interval(INTERVAL))
     squared = (y - mean) ** 2
     return Score(
@@ -120,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--splits", type=int, default=10)
-    parser.add_argument("--priors", nargs="+", choices=list(PRIORS), default=["coordinate", "block", "factors"])
+    parser.add_argument("--priors", nargs="+", choices=list(PRIORS), default=["coordinate", "block", "pooled"])
     parser.add_argument("--shared", choices=["map", "normal", "nuts"], default="map")
     parser.add_argument("--parts", nargs="+", choices=["school", "unseen", "parkinsons"], default=["school", "unseen"])
     options = parser.parse_args()

@@ -166,7 +166,8 @@ class Multitask(bm.HierarchicalModel):
             raise ValueError(f"plot_scales: expected the fit, got {type(fit).__name__}")
         if "tau" not in self.sharing.shared:
             raise ValueError("plot_scales: expected a prior that learns its scales, got one of fixed scale")
-        draws = np.asarray(fit.shared.draws("tau"))
+        shared = {name: _tensor(fit.shared.draws(name)) for name in self.sharing.shared}
+        draws = self.sharing.learned_scales(shared).numpy()
         blocks = self.sharing.blocks.all
         each = [f"{b.name} {i}" if b.size > 1 else b.name for b in blocks for i in range(b.size)]
         names = [b.name for b in blocks] if draws.shape[1] == len(blocks) else each

@@ -78,8 +78,10 @@ def scales(names: Sequence[str], draws: np.ndarray, *, label: str = "prior sd be
     figure, (axis,) = panels(1, width=8.0, height=float(np.clip(0.5 * len(names) + 1.5, 2.8, 12.0)))
     low, middle, high = np.quantile(draws, [0.05, 0.5, 0.95], axis=0)
     place = np.arange(len(names))
-    axis.hlines(place, low, high, color=BLUE, linewidth=2.5, label="90 % interval")
-    axis.plot(middle, place, "o", color=BLUE, markersize=7, label="posterior median")
+    point = bool((low == high).all())
+    if not point:
+        axis.hlines(place, low, high, color=BLUE, linewidth=2.5, label="90 % interval")
+    axis.plot(middle, place, "o", color=BLUE, markersize=7, label="point estimate" if point else "posterior median")
     _log_axis(axis)
     axis.set_yticks(place, names)
     axis.set(xlabel=f"{label}  (left: shared by all, right: each its own)", ylim=(-0.6, len(names) - 0.4))

@@ -127,6 +127,10 @@ class Sharing(bm.priors.Prior, abc.ABC):
             moved.append((draw - self.blocks.centre(one)) / self.variance(one).sqrt())
         return correlation(torch.stack(moved))
 
+    def learned_scales(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """The learned scales `(…, k)`, one a block or one a number of φ, of θ or draws of it."""
+        return shared["tau"]
+
     def over(self, blocks: Blocks) -> Self:
         """Returns this prior over some blocks."""
         return dataclasses.replace(self, blocks=blocks)

@@ -74,6 +74,10 @@ class Contaminated(Sharing):
         mean = weights @ loc
         return weights @ (factor.square().sum(-1) + (loc - mean).square())
 
+    def learned_scales(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """Those of the inner prior."""
+        return self.inner.learned_scales(shared)
+
     def similarity(self, phi: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """That of the inner prior, times the probabilities that both tasks follow it `(T, T)`."""
         follows = torch.zeros(phi.shape[1], dtype=phi.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import bayesmeta as bm
-from bayesmeta.models.sharing.blocks import Sharing
+from bayesmeta.models.sharing.blocks import Sharing, positive
 
 HARD = 1e-12
 """The sd of hard sharing: tasks are alike to numerical precision, and still have parameters."""
@@ -37,11 +37,15 @@ class Gaussian(Sharing):
             makes the tasks independent.
         by: One τ a "block", or one a "coordinate" of φ.
         cov: "diag", or "full" to learn the correlations R of φ, the shared site `corr` (a Cholesky factor).
+        spread: For by="coordinate": pool the scales too. log τ of a coordinate ~ N(log τ of its block, spread²), the
+            shared sites `tau`, one a block, and `log_ratio`, one a coordinate. 0.5 suits many coordinates that differ
+            by factors; None: each coordinate's τ is learned from itself alone.
     """
 
     scale: float | None = None
     by: Literal["block", "coordinate"] = "block"
     cov: Literal["diag", "full"] = "diag"
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +57,12 @@ class Gaussian(Sharing):
             raise ValueError(f'Gaussian: expected cov="diag" or cov="full", got {self.cov!r}')
         if self.cov == "full":
             self._refuse_correlations()
+        if self.spread is not None:
+            positive(self, spread=self.spread)
+            if self.by != "coordinate" or self.scale is not None:
+                raise ValueError(
+                    'Gaussian: spread pools learned scales; expected by="coordinate" and scale=None with it'
+                )
 
     def _refuse_correlations(self) -> None:
         if self.scale == 0:
@@ -65,7 +75,10 @@ class Gaussian(Sharing):
         """`mu`, `tau` and `corr`, as far as they are learned."""
         sites = self.centres()
         if self.scale is None:
-            sites |= self.scales(len(self.blocks.all) if self.by == "block" else self.d)
+            apart = self.by == "coordinate" and self.spread is None
+            sites |= self.scales(self.d if apart else len(self.blocks.all))
+        if self.spread is not None:
+            sites["log_ratio"] = dist.Normal(torch.zeros(self.d), self.spread).to_event(1)
         if self.cov == "full":
             sites["corr"] = dist.LKJCholesky(self.d, torch.tensor(1.0))
         return sites
@@ -81,7 +94,14 @@ class Gaussian(Sharing):
         """Prior sd of each number of φ `(d,)`."""
         if self.scale is not None:
             return torch.full((self.d,), max(float(self.scale), HARD))
-        return shared["tau"][self.blocks.index] if self.by == "block" else shared["tau"]
+        scales = self.learned_scales(shared)
+        return scales[self.blocks.index] if self.by == "block" else scales
+
+    def learned_scales(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """τ of each block or coordinate `(…, k)`."""
+        if self.spread is None:
+            return shared["tau"]
+        return shared["tau"][..., self.blocks.index] * shared["log_ratio"].exp()
 
     def variance(self, shared: Mapping[str, Tensor]) -> Tensor:
         """τ²."""

@@ -50,3 +50,9 @@ def test_scales_are_medians_with_intervals() -> None:
     np.testing.assert_allclose(axis.lines[0].get_xdata(), [0.1, 1.0], rtol=1e-3)
     np.testing.assert_allclose(axis.collections[0].get_segments()[1][:, 0], np.quantile(draws[:, 1], [0.05, 0.95]))
     assert axis.get_xscale() == "log"
+
+
+def test_a_point_estimate_of_scales_has_no_interval() -> None:
+    figure = scales(["weight", "bias"], np.tile([0.1, 1.0], (5, 1)))
+    assert not figure.axes[0].collections
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["point estimate"]

@@ -277,6 +277,9 @@ def test_pictures_ask_for_what_they_need() -> None:
         hard.plot_scales(fit)
     with pytest.raises(ValueError, match="expected the fit"):
         model.plot_scales(new)  # type: ignore[arg-type]
+    pooled = bm.models.multitask(features=D, sharing=bm.models.sharing.Gaussian(by="coordinate", spread=0.5))
+    axis = pooled.plot_scales(bm.fit(pooled, tasks, method=method, progress=False)).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [*(f"weight {i}" for i in range(D)), "bias"]
     alike = model.similarity(fit.posterior(tasks, draws=50))
     np.testing.assert_allclose(np.diag(alike), 1.0)
 

@@ -59,6 +59,23 @@ def test_density(options: dict[str, Any], tau: list[float] | None, sd: list[floa
     np.testing.assert_allclose(prior.variance(shared).numpy(), np.square(sd))
 
 
+def test_pooled_scales_lie_around_their_blocks() -> None:
+    prior = Gaussian(by="coordinate", spread=0.5).over(BLOCKS)
+    tau, ratio = torch.tensor([0.3, 2.0]), torch.tensor([0.5, -1.0, 0.2])
+    sd = np.array([0.3, 0.3, 2.0]) * np.exp(ratio.numpy())
+    shared = {"tau": tau, "log_ratio": ratio}
+    phi = torch.randn(4, 1, 3)
+    want = stats.multivariate_normal(CENTRE, np.diag(sd**2)).logpdf(phi.numpy())
+    np.testing.assert_allclose(log_prob(prior, phi, **shared), want.reshape(4, 1), rtol=1e-10)
+    sites: Any = prior.shared
+    assert sites["tau"].event_shape == (2,)
+    np.testing.assert_allclose(
+        sites["log_ratio"].log_prob(ratio).item(), stats.norm(0, 0.5).logpdf(ratio.numpy()).sum(), rtol=1e-10
+    )
+    draws = {name: value.expand(7, -1) for name, value in shared.items()}
+    np.testing.assert_allclose(prior.learned_scales(draws).numpy(), np.tile(sd, (7, 1)))
+
+
 def test_all_correlation_matrices_are_equally_likely() -> None:
     """d = 2: the correlation is uniform on (-1, 1), and the factor [[1, 0], [r, √(1 - r²)]] has its density 1/2."""
     prior = Gaussian(cov="full").over(Blocks((Block("weight", (2,)),)))
@@ -87,6 +104,9 @@ def test_scales_out_of_range(scale: Any) -> None:
         ({"by": "row"}, 'Gaussian: expected by="block" or by="coordinate", got \'row\''),
         ({"cov": "low"}, 'Gaussian: expected cov="diag" or cov="full", got \'low\''),
         ({"cov": "full", "scale": 0}, 'scale=0 is hard sharing, which has no correlations; use cov="diag"'),
+        ({"spread": 0.0, "by": "coordinate"}, "Gaussian: expected spread as a finite number > 0, got 0.0"),
+        ({"spread": 0.5}, 'spread pools learned scales; expected by="coordinate" and scale=None with it'),
+        ({"spread": 0.5, "by": "coordinate", "scale": 1.0}, 'expected by="coordinate" and scale=None with it'),
         ({"sd_scale": 0.0}, "Gaussian: expected sd_scale as a finite number > 0, got 0.0"),
         ({"loc_scale": -1.0}, "Gaussian: expected loc_scale as a finite number > 0, got -1.0"),
     ],
