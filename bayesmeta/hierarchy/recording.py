@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.derivatives import Prepared, curvature, record, traced, value_and_gradient
+from bayesmeta.hierarchy.factoring import factor_anything
 from bayesmeta.hierarchy.random_graphs import check_noise, independent_fills
 from bayesmeta.hierarchy.rewriting import looked_up
 from bayesmeta.hierarchy.simplify import simplify
@@ -361,6 +362,7 @@ class Recorded:
             with seeded(0), self._context():
                 graph = _trace(flat, examples)
             _pin_dtypes(graph)
+            factor_anything(graph)
             simplify(graph)
             moving = len(pytree.tree_leaves(pytree.tree_unflatten(leaves, spec)[: self._vary]))
             agrees = self._random or self._agrees(flat, graph, examples, moving)
