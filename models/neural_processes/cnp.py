@@ -17,7 +17,16 @@ from torch import Tensor
 
 import bayesmeta as bm
 from bayesmeta.models.neural_processes.outputs import Output
-from bayesmeta.models.neural_processes.sets import NeuralProcess, Pool, Reader, Rows, check_sizes, initial, mlp, sizes_of
+from bayesmeta.models.neural_processes.sets import (
+    NeuralProcess,
+    Pool,
+    Reader,
+    Rows,
+    check_sizes,
+    initial,
+    mlp,
+    sizes_of,
+)
 
 
 def build(

@@ -1,15 +1,16 @@
 """Convolutional conditional neural process in one dimension: it moves its predictions when the rows are moved.
 
-The context becomes functions on a grid, density and signal, which a U-Net reads; its channels, smoothed back, are decoded:
+The context becomes functions on a grid, density and signal, which a U-Net reads; its channels, smoothed back, are
+decoded:
 
     h_0(u) = Σ_j w(u - x_j),   h(u) = Σ_j w(u - x_j) y_j / h_0(u),   f = UNet(h_0, h),
     r(x) = Σ_u w'(u - x) f(u),   p(y | x, C) = output(dec(r(x))).
 
 The grid of a task begins at a whole number of its coarsest cells from the lowest x of its context (of the new rows,
-where it is empty), so that moving all x by a constant moves nothing else, and a prediction hardly depends on which other
-rows are asked for. Cells beyond a task's own grid are zero in every layer: its answer does not depend on other tasks.
+where it is empty), so that moving all x by a constant moves nothing else, and a prediction hardly depends on which
+other rows are asked for. Points beyond a task's own grid are zero in every layer: no task's answer depends on others.
 
-Deviations from the paper: a point's distance is measured in sds of the training inputs; the scale has no floor.
+Deviations from the paper: points lie so many to an sd of the training inputs; the scale has no floor.
 
 References:
     Gordon, Bruinsma, Foong, Requeima, Dubois, Turner: Convolutional Conditional Neural Processes, 2020,

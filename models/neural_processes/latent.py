@@ -102,7 +102,7 @@ def elbo(model: bm.ConditionalModel, episode: Any) -> tuple[Tensor, Info]:
 
 
 def importance_weighted(model: bm.ConditionalModel, episode: Any) -> tuple[Tensor, Info]:
-    """log 1/L Σ_l p(y | z_l, C) q(z_l | C) / q(z_l | C ∪ T) with z_l ~ q(z | C ∪ T): tighter than the ELBO."""
+    """Importance weights: log 1/L Σ_l p(y | z_l, C) q(z_l | C) / q(z_l | C ∪ T), z_l ~ q(z | C ∪ T); above the ELBO."""
     q, prior = _inferred(model, episode)
     z = q.rsample((_draws(model),))
     weight = (prior.log_prob(z) - q.log_prob(z)).transpose(0, 1)
@@ -111,7 +111,7 @@ def importance_weighted(model: bm.ConditionalModel, episode: Any) -> tuple[Tenso
 
 
 def maximum_likelihood(model: bm.ConditionalModel, episode: Any) -> tuple[Tensor, Info]:
-    """log 1/L Σ_l p(y | z_l, C) with z_l ~ q(z | C): what is predicted is what is trained, and no target is encoded."""
+    """Maximum likelihood: log 1/L Σ_l p(y | z_l, C), z_l ~ q(z | C), which is what is predicted; encodes no target."""
     module: Any = model.module
     q = module.latent(module.reader(episode.context))
     log_p = _log_likelihood(model, episode, q.rsample((_draws(model),)).transpose(0, 1))

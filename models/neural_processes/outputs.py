@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +28,11 @@ class Output(abc.ABC):
 
     Attributes:
         inputs: Numbers by which a network reads one label.
+        codes: How many codes 0, 1, … labels may be; 0 for real labels.
     """
 
     inputs = 1
+    codes = 0
 
     def read(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """Labels `(T, N, *dy)` as network inputs `(T, N, *dy, inputs)`; by default in standard units."""
@@ -60,6 +61,17 @@ class Output(abc.ABC):
         Raises:
             ValueError: With the task and the cure.
         """
+        if not self.codes:
+            return
+        bad = tasks.observed & ((tasks.y != tasks.y.round()) | (tasks.y < 0) | (tasks.y >= self.codes))
+        rows = bad.reshape(len(bad), -1).any(1).nonzero()
+        if len(rows):
+            row = int(rows[0])
+            task = tasks.names[int(torch.searchsorted(tasks.offsets, row, right=True)) - 1]
+            raise ValueError(
+                f"{type(self).__name__}: expected labels 0 … {self.codes - 1}, got {tasks.y[row].tolist()} in task "
+                f"{task!r}; recode the labels, or choose another output"
+            )
 
 
 def positive(number: Tensor) -> Tensor:
@@ -137,6 +149,8 @@ class StudentT(Output):
 class Bernoulli(Output):
     """Labels 0 and 1."""
 
+    codes = 2
+
     def read(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """As -1 and 1."""
         return (2 * y - 1).to(loc.dtype).unsqueeze(-1)
@@ -148,10 +162,6 @@ class Bernoulli(Output):
     def distribution(self, numbers: Tensor, loc: Tensor, scale: Tensor) -> Distribution:
         """See `Output`."""
         return _row(torch.distributions.Bernoulli(logits=numbers.reshape(*numbers.shape[:-1], *loc.shape)), loc)
-
-    def check(self, tasks: bm.Tasks) -> None:
-        """See `Output`."""
-        _codes(self, tasks, 2)
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,11 @@ class Categorical(Output):
         """One a class."""
         return self.classes
 
+    @property
+    def codes(self) -> int:  # type: ignore[override]
+        """One a class."""
+        return self.classes
+
     def read(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """As indicators of the classes."""
         return torch.nn.functional.one_hot(y.long(), self.classes).to(loc.dtype)
@@ -185,20 +200,3 @@ class Categorical(Output):
         """See `Output`."""
         logits = numbers.reshape(*numbers.shape[:-1], *loc.shape, self.classes)
         return _row(torch.distributions.Categorical(logits=logits), loc)
-
-    def check(self, tasks: bm.Tasks) -> None:
-        """See `Output`."""
-        _codes(self, tasks, self.classes)
-
-
-def _codes(output: Any, tasks: bm.Tasks, count: int) -> None:
-    """Refuses labels that are not 0 … count - 1."""
-    bad = tasks.observed & ((tasks.y != tasks.y.round()) | (tasks.y < 0) | (tasks.y >= count))
-    rows = bad.flatten(1).any(1) if bad.dim() > 1 else bad
-    if rows.any():
-        row = int(rows.nonzero()[0])
-        task = tasks.names[int(torch.searchsorted(tasks.offsets, row, right=True)) - 1]
-        raise ValueError(
-            f"{type(output).__name__}: expected labels 0 … {count - 1}, got {tasks.y[row].tolist()} in task {task!r}; "
-            "recode the labels, or choose another output"
-        )

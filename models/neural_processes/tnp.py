@@ -9,7 +9,7 @@ predictions with the weights of the diagonal model.
 
 Deviations from the paper: layer norms stand before the blocks, and a learned token before the context, so that an empty
 one has an answer; new rows pass through the layers as queries only, not as part of one masked square of attention; the
-scale has no floor. Besides x itself, tokens may hold sines and cosines of it (`waves`).
+scale has no floor.
 
 References:
     Nguyen, Grover: Transformer Neural Processes: Uncertainty-Aware Meta Learning Via Sequence Modeling, 2022,
