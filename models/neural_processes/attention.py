@@ -24,13 +24,30 @@ class Attention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, kept: Tensor) -> Tensor:
-        """Attends to the rows that are kept, bool `(T, N)`."""
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Attends to rows: `mask` `(T, 1, 1, N)` says which, or `(T, heads, M, N)` is added to what they score."""
         parts = ((self.query, queries), (self.key, keys), (self.value, values))
         q, k, v = (layer(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer, rows in parts)
-        seen = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=kept[:, None, None, :])
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         result: Tensor = self.out(seen.transpose(1, 2).flatten(2))
         return result
+
+
+class Nearness(nn.Module):
+    """What distance costs each head: -Σ_d a_hd (x_d - x'_d)², from heads that see far to heads that see near.
+
+    Args:
+        dx: Numbers of an input, in standard units.
+        heads: Number of heads; before training 1 / √(2 a) is 3 for the first and .06 for the last.
+    """
+
+    def __init__(self, dx: int, heads: int) -> None:
+        super().__init__()
+        self.log_rate = nn.Parameter(torch.linspace(-3, 5, heads).unsqueeze(1).repeat(1, dx))
+
+    def forward(self, squares: Tensor) -> Tensor:
+        """Squared differences `(T, M, N, dx)` -> `(T, heads, M, N)`."""
+        return -torch.einsum("tmnd,hd->thmn", squares, self.log_rate.exp())
 
 
 class Null(nn.Module):
@@ -46,5 +63,5 @@ class Null(nn.Module):
 
     @staticmethod
     def kept(kept: Tensor) -> Tensor:
-        """Which rows are kept, `(T, N)` -> `(T, 1 + N)`."""
-        return nn.functional.pad(kept, (1, 0), value=True)
+        """Which rows may be attended to, bool `(T, N)` -> `(T, 1, 1, 1 + N)`."""
+        return nn.functional.pad(kept, (1, 0), value=True)[:, None, None]

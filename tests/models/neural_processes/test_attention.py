@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from bayesmeta.models.neural_processes.attention import Attention, Null
+from bayesmeta.models.neural_processes.attention import Attention, Nearness, Null
 
 
 def test_it_is_a_softmax_over_the_kept_rows() -> None:
     attention = Attention(6, heads=2)
     queries, keys, values = torch.randn(2, 3, 6), torch.randn(2, 4, 6), torch.randn(2, 4, 6)
     kept = torch.tensor([[True, True, False, True], [True, False, False, False]])
-    found = attention(queries, keys, values, kept)
+    found = attention(queries, keys, values, kept[:, None, None])
     q, k, v = attention.query(queries), attention.key(keys), attention.value(values)
     for task in range(2):
         for row in range(3):
@@ -29,10 +29,24 @@ def test_an_empty_set_is_answered_by_the_null_row() -> None:
     null, attention = Null(4), Attention(4, heads=1)
     rows, kept = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool)
     longer = null(rows)
-    assert Null.kept(kept).tolist() == [[True, False, False, False]] * 2
+    assert Null.kept(kept).tolist() == [[[[True, False, False, False]]]] * 2
     torch.testing.assert_close(longer[:, 1:], rows)
     found = attention(torch.randn(2, 1, 4), longer, longer, Null.kept(kept))
     torch.testing.assert_close(found, attention.out(attention.value(null.row)).expand(2, 1, 4))
+
+
+def test_distance_costs_each_head_its_own() -> None:
+    near, difference = Nearness(2, heads=3), torch.randn(4, 5, 6, 2)
+    with torch.no_grad():
+        near.log_rate.copy_(torch.randn(3, 2))
+    found = near(difference.square())
+    assert found.shape == (4, 3, 5, 6)
+    torch.testing.assert_close(found[1, 2, 3, 4], -(near.log_rate[2].exp() * difference[1, 3, 4] ** 2).sum())
+
+
+def test_heads_see_far_and_near() -> None:
+    lengths = (2 * Nearness(1, heads=4).log_rate.exp()).rsqrt()
+    assert 3 < float(lengths[0].detach()) < 3.5 and 0.05 < float(lengths[3].detach()) < 0.07
 
 
 def test_heads_divide_the_width() -> None:
