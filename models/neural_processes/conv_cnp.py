@@ -29,6 +29,9 @@ import bayesmeta as bm
 from bayesmeta.models.neural_processes.outputs import Output
 from bayesmeta.models.neural_processes.sets import NeuralProcess, Reader, Rows, check_sizes, initial, mlp, sizes_of
 
+MOST_POINTS = 2**16
+"""Of a task's grid; more do not fit into memory."""
+
 
 def build(
     tasks: bm.Tasks,
@@ -60,12 +63,12 @@ def build(
     check_sizes("conv_cnp", width=width, depth=depth, points=points)
     if not margin >= 0:
         raise ValueError(f"conv_cnp: expected margin ≥ 0, got {margin!r}")
-    with initial(seed):
-        module = ConvolutionalNP(Reader(tasks, output), width, Cells(1 / points, 2**depth, margin))
     if math.prod(tasks.schema.x_shape) != 1:
         raise ValueError(
             f"conv_cnp: expected x to be one number, got shape {tasks.schema.x_shape}; take tnp, attentive_np or cnp"
         )
+    with initial(seed):
+        module = ConvolutionalNP(Reader(tasks, output), width, Cells(1 / points, 2**depth, margin))
     return bm.ConditionalModel(module, context=sizes_of(tasks, context))
 
 
@@ -84,7 +87,11 @@ class Cells:
     margin: float
 
     def __call__(self, rows: Rows, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The grid of each task `(T, G)` and which points are its own, for a context and new x `(T, M, 1)`."""
+        """The grid of each task `(T, G)` and which points are its own, for a context and new x `(T, M, 1)`.
+
+        Raises:
+            ValueError: If a grid has more than `MOST_POINTS`.
+        """
         old, new = rows.x.squeeze(-1), x.squeeze(-1)
         first = torch.where(rows.kept, old, torch.inf).amin(1, keepdim=True)
         anchor = torch.where(first.isfinite(), first, new.amin(1, keepdim=True))
@@ -93,6 +100,11 @@ class Cells:
         cell = self.step * self.block
         before = ((anchor - low) / cell).ceil()
         cells = ((high + self.margin - anchor) / cell).ceil() + before
+        if float(cells.max()) * self.block > MOST_POINTS:
+            raise ValueError(
+                f"conv_cnp: expected a grid of at most {MOST_POINTS} points, got {float(cells.max()) * self.block:.0f} "
+                f"for task {int(cells.argmax())} of a batch; look for outlying x, or build with fewer points"
+            )
         place = torch.arange(int(cells.max()) * self.block).to(x)
         grid = anchor + (place - before * self.block) * self.step
         return grid, place < cells * self.block

@@ -48,7 +48,7 @@ def build(
         width: Numbers in a token; a multiple of `heads`.
         depth: Layers.
         heads: Heads of attention.
-        near: Whether distances in x count in attention; False is the paper's.
+        near: Whether distances in x count in attention; False is the paper's, and needs less memory for large sets.
         context: Smallest and largest training context; None is 0 to all rows of the largest task but one.
         seed: Of the initial weights.
 

@@ -5,7 +5,9 @@ The generator: y = a + ε, a ~ N(0, 1), ε ~ N(0, .3²), x without meaning. Its 
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +56,17 @@ def exact(context: bm.Tasks) -> torch.distributions.Normal:
     return torch.distributions.Normal(loc[:, None], (1 / precision + NOISE**2).sqrt()[:, None])
 
 
+def code_lines(path: pathlib.Path) -> int:
+    """Lines of a file that are neither empty nor of a docstring."""
+    text = path.read_text(encoding="utf-8")
+    nodes = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    ]
+    docs = [node.body[0] for node in nodes if ast.get_docstring(node) is not None]
+    described = {line for doc in docs for line in range(doc.lineno, (doc.end_lineno or 0) + 1)}
+    return sum(bool(line.strip()) and number not in described for number, line in enumerate(text.splitlines(), 1))
+
+
 def steps(count: int) -> bm.Amortized:
     return bm.Amortized(optimizer=bm.Optimizer(steps=count, batch_tasks=64, lr=5e-3))
 
@@ -97,6 +110,11 @@ def predicted(model: Any, context: bm.Batch, x: torch.Tensor) -> torch.Tensor:
 
 
 X = torch.linspace(-2, 2, 5)[:, None]
+
+
+def test_a_learner_is_read_in_one_sitting(name: str) -> None:
+    build: Any = LEARNERS[name]
+    assert code_lines(pathlib.Path(inspect.getfile(build.func))) <= 150
 
 
 def test_shapes(model: Any) -> None:

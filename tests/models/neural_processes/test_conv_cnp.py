@@ -89,6 +89,12 @@ def test_the_signal_is_the_mean_of_near_labels() -> None:
         torch.testing.assert_close(read[0][0, :, place], torch.stack([density, signal]))
 
 
+def test_a_grid_that_is_too_long_is_refused() -> None:
+    net, batch = module(), ragged().batch(slice(None))
+    with pytest.raises(ValueError, match=r"at most 65536 points, got \d+ for task 2 of a batch; look for outlying x"):
+        net(batch, torch.tensor([0.0, 0.0, 1e6, 0.0]).reshape(4, 1, 1).repeat(1, 2, 1) * torch.tensor([[[0.0], [1.0]]]))
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"expected x to be one number, got shape \(2,\); take tnp"):
         conv_cnp.build(ragged(dx=2))
