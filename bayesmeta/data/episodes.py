@@ -53,7 +53,13 @@ def draw_tasks(tasks: Tasks, count: int, generator: torch.Generator) -> torch.Te
 
 
 def draw_episode(
-    tasks: Tasks, idx: Any, *, context: tuple[int, int], generator: torch.Generator, rows: int | None = None
+    tasks: Tasks,
+    idx: Any,
+    *,
+    context: tuple[int, int],
+    generator: torch.Generator,
+    rows: int | None = None,
+    one_size: bool = False,
 ) -> Episode:
     """Draws an episode of these tasks, with a context size for each task.
 
@@ -65,6 +71,7 @@ def draw_episode(
         context: Smallest and largest context size (lo, hi).
         generator: Source of randomness, on the CPU.
         rows: Rows to pad both batches to; by default each to its largest task.
+        one_size: Draw one size for all of them: tasks of the same size then need no padding.
 
     Raises:
         ValueError: If not 0 ≤ lo ≤ hi.
@@ -74,7 +81,7 @@ def draw_episode(
         raise ValueError(f"context: expected sizes (lo, hi) with 0 <= lo <= hi, got {context}")
     chosen = tasks[idx]
     sizes = torch.from_numpy(chosen.sizes)
-    wanted = torch.randint(low, high + 1, (len(chosen),), generator=generator)
+    wanted = torch.randint(low, high + 1, (1 if one_size else len(chosen),), generator=generator)
     counts = torch.minimum(wanted, (sizes - 1).clamp(min=0))
     given, held_out = chosen.split_rows(choose_rows(chosen.offsets, counts, generator))
     everything = slice(None)

@@ -47,6 +47,16 @@ def test_episode_sizes_are_uniform_and_leave_a_target() -> None:
     assert len(counts) == 5 and np.abs((counts - 80) / np.sqrt(400 * 0.2 * 0.8)).max() < 4
 
 
+def test_one_size_for_all_is_uniform_too_and_needs_no_padding() -> None:
+    tasks, generator, seen = make((6, 6, 6)), seeded(), []
+    for _ in range(400):
+        episode = draw_episode(tasks, [0, 1, 2], context=(0, 4), generator=generator, one_size=True)
+        assert len(set(episode.context.n.tolist())) == 1 and episode.target.mask.all()
+        seen.append(int(episode.context.n[0]))
+    counts = torch.bincount(torch.tensor(seen), minlength=5)
+    assert ((counts - 80).abs() < 4 * (400 * 0.2 * 0.8) ** 0.5).all()
+
+
 def test_rows_pad_both_sides() -> None:
     episode = draw_episode(make((6, 6)), [1, 0], context=(2, 2), generator=seeded(), rows=8)
     assert episode.context.mask.shape == episode.target.mask.shape == (2, 8)

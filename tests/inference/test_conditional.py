@@ -106,6 +106,19 @@ def test_weights_multiply_the_log_likelihood() -> None:
     torch.testing.assert_close(loss, -(info["log_p"] * torch.tensor([0.25, 0.75])).sum(), check_dtype=False)
 
 
+def test_a_step_has_one_context_size_and_what_is_held_out_has_many() -> None:
+    seen: dict[bool, list[set[int]]] = {True: [], False: []}
+
+    def objective(model: bm.ConditionalModel, drawn: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        seen[model.module.training].append(set(drawn.context.n.tolist()))
+        return (model.module.loc - 2.0) ** 2, {}
+
+    model = bm.ConditionalModel(Constant(), objective=objective, context=(0, 3))
+    bm.fit(model, table(100), method=method(30), progress=False)
+    assert all(len(sizes) == 1 for sizes in seen[True]) and len(set.union(*seen[True])) == 4
+    assert sum(len(sizes) > 1 for sizes in seen[False]) > 10
+
+
 def test_an_objective_of_ones_own_gets_episodes() -> None:
     seen: list[Episode] = []
 
