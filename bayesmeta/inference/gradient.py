@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.chunks import different, task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_lower, solve_upper
 from bayesmeta.inference.loadings import Loadings, ThetaStandardiser
 from bayesmeta.inference.options import check_lengths
@@ -68,6 +68,7 @@ class Gradient(TaskGuide):
 
     def condition(self, theta: Tensor, context: Context) -> GaussianTasks:
         """q(φ | D, θ) of every task for every θ."""
+        theta, place = different(theta)
         count = rows_seen(context.batch).to(self.start.dtype)
         weights = self.curvature(self.theta(theta)).to(self.start.dtype).unsqueeze(1)
         precision = torch.eye(len(self.start), dtype=self.start.dtype) + count[:, None, None] * (weights @ weights.mT)
@@ -77,7 +78,7 @@ class Gradient(TaskGuide):
             gradient = slope(self._density, theta, loc, context)
             move = rate * solve_upper(factor.mT, solve_lower(factor, gradient))
             loc = loc + limited(move, LONGEST_STEP)
-        return GaussianTasks(loc, factor)
+        return GaussianTasks(loc[place], factor[place])
 
 
 def slope(density: TaskDensity, theta: Tensor, noise: Tensor, context: Context) -> Tensor:

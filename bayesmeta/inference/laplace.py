@@ -17,7 +17,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.chunks import different, task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
@@ -377,15 +377,6 @@ def _padded(part: Tensor, most: int) -> Tensor:
     """Modes `(m, A, …)`, or which are there, filled up to `most` by copies of the first that are not there."""
     extra = part[:1].expand(most - len(part), *part.shape[1:])
     return torch.cat([part, torch.zeros_like(extra) if part.dtype == torch.bool else extra])
-
-
-def different(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws of θ without repetitions, filled up to a power of two, and where each draw is among them."""
-    if theta.shape[1] == 0:
-        return theta[:1], torch.zeros(len(theta), dtype=torch.long)
-    some, place = theta.unique_consecutive(dim=0, return_inverse=True)
-    missing = 2 ** math.ceil(math.log2(len(some))) - len(some)
-    return torch.cat([some, some[-1:].expand(missing, -1)]), place
 
 
 def _stepped(curvature: Curvature, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
