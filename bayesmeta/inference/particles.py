@@ -14,18 +14,20 @@ from bayesmeta.inference.svgd import kernel_shares
 
 PARTICLES = 8
 """As many as a step draws θ: each step sees all."""
-SPREAD = 0.5
+SPREAD = 0.3
 """Sd of the particles at the start, in units of the prior's sd."""
 
 
 class ParticleShared(NormalShared):
     """q(θ) = Σ_m N(c + s·x_m, s L Lᵀ s) / M around M particles, with one full L.
 
-    Particle m follows `Σ_j k_mj E ∇ (log p(θ_j) − log q(θ_j))`, θ_j a draw around particle j, k the RBF kernel with the
-    median heuristic in units of L, its rows scaled to sum to one. By Stein's identity −∇ log q does on average what the
-    gradient of the kernel does in Stein variational gradient descent: it keeps particles apart. The force is that of
-    the objective, mixed by the kernel on its way back, so that objectives and training need not know. L follows the
-    objective's own gradient; where one normal is enough, particles may move together and leave all the spread to L.
+    Particle m follows `Σ_j k_mj E ∇ (log p(θ_j) − log q(θ_j))`, θ_j a draw around particle j. k is the RBF kernel with
+    the median heuristic in units of L, h ≤ d so that modes far from each other do not mix, its rows scaled to sum to
+    one. By Stein's identity −∇ log q does on average what the gradient of the kernel does in Stein variational gradient
+    descent: it keeps particles apart. The force is that of the objective, mixed by the kernel on its way back, so that
+    objectives and training need not know. L follows the objective's own gradient; where one normal is enough, particles
+    may move together and leave all the spread to L. Particles weigh alike, so that modes weigh as many particles as
+    they have caught, until the correction weighs draws of θ.
 
     Args:
         loc: Prior location `(d,)` in unconstrained coordinates, around which particles start.
@@ -76,11 +78,12 @@ class ParticleShared(NormalShared):
     def centre(self) -> tuple[Tensor, Tensor]:
         """Mean and marginal sd `(d,)` of the mixture, detached."""
         within, mean = self.factor().detach().square().sum(-1), self.mean.detach()
-        spread = (within + mean.var(0, correction=0)).sqrt()
-        return self.origin + self.unit * mean.mean(0), self.unit * spread
+        between = (mean - mean.mean(0)).square().mean(0)
+        return self.origin + self.unit * mean.mean(0), self.unit * (within + between).sqrt()
 
     def _mixed(self) -> Tensor:
         """The particles `(M, d)`; on the way back each takes the gradients of those near it."""
         still = self.mean.detach()
         white = torch.linalg.solve_triangular(self.factor().detach(), still.mT, upper=False).mT
-        return still + kernel_shares(white)[0].mT @ (self.mean - still)
+        near, _ = kernel_shares(white, widest=max(1.0, white.shape[1]))
+        return still + near.mT @ (self.mean - still)

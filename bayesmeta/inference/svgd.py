@@ -1,7 +1,7 @@
 """Stein variational gradient descent: particles of a task's parameters that climb its log joint and keep apart.
 
 Where a posterior has several modes particles end in each of them, without a network that had to learn where. `SVGD` is
-the guide for task parameters; `ParticleShared`, for θ, is in `particles.py` and shares the kernel.
+the guide of task parameters; particles of θ, in `particles.py`, share the kernel.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ FIRST_RATE, FIRST_SHRINKAGE = 0.5, 0.8
 """Step size and shrinkage before any training."""
 
 
-def kernel_shares(points: Tensor) -> tuple[Tensor, Tensor]:
+def kernel_shares(points: Tensor, *, widest: float = math.inf) -> tuple[Tensor, Tensor]:
     """The RBF kernel exp(−|u_i − u_j|² / h) between particles, h by the median heuristic.
 
     Args:
         points: Particles `(P, …, d)`.
+        widest: Bound on h.
 
     Returns:
         Each row of the kernel divided by its sum `(P, P, …)`, and h `(…)`; neither is differentiated.
@@ -40,7 +41,7 @@ def kernel_shares(points: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         square = (points.unsqueeze(1) - points).square().sum(-1)
         first, second = torch.triu_indices(len(points), len(points), 1)
-        width = (square[first, second].median(0).values / math.log(len(points) + 1)).clamp(min=NARROWEST)
+        width = (square[first, second].median(0).values / math.log(len(points) + 1)).clamp(NARROWEST, widest)
         return (-square / width).softmax(1), width
 
 
@@ -121,6 +122,7 @@ class SVGD(TaskGuide):
             _, gradient, hessian = curvature(flat.detach())
             if torch.is_grad_enabled():
                 gradient = slope(self._density, repeated, flat, context)
+            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)  # one particle lost is not all
             precision = made_positive(-(hessian + hessian.mT) / 2)[0]
             return gradient.unflatten(0, shape[:2]), precision.unflatten(0, shape[:2])
 
