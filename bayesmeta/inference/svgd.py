@@ -15,7 +15,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import different
 from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_lower, solve_upper
-from bayesmeta.inference.gradient import BY_DRAW, limited, rows_seen, slope
+from bayesmeta.inference.gradient import BY_DRAW, rows_seen, slope
 from bayesmeta.inference.laplace import NOWHERE, MixtureTasks, curvature_of, made_positive, mirrored
 from bayesmeta.inference.options import check_lengths
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
@@ -102,7 +102,7 @@ class SVGD(TaskGuide):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._unrolled):
             points, gradient, factor = self._moved(theta, context)
         shrinkage = self.shrinkage.sigmoid()
-        loc = points + limited(shrinkage * _solved(factor, gradient), LONGEST)
+        loc = points + (shrinkage * _solved(factor, gradient)).clamp(-LONGEST, LONGEST)
         factor = factor / (shrinkage * (2 - shrinkage)).sqrt()
         empty = (rows_seen(context.batch) == 0).unsqueeze(-1)
         loc = torch.where(empty, 0.0, loc)
@@ -127,7 +127,7 @@ class SVGD(TaskGuide):
             return gradient.unflatten(0, shape[:2]), precision.unflatten(0, shape[:2])
 
         for rate in self.log_rate.exp():
-            points = points + limited(rate * _direction(points, *seen(points)), LONGEST)
+            points = points + (rate * _direction(points, *seen(points))).clamp(-LONGEST, LONGEST)
         gradient, precision = seen(points)
         return points, gradient, cholesky(precision)
 
