@@ -220,8 +220,8 @@ def test_a_fit_is_exact_after_refinement_and_is_stored(tmp_path: Path) -> None:
     tasks = make_tasks(RAGGED)
 
     def options() -> bm.Amortized:
-        guide = bm.guides.SVGD(particles=4, steps=2)
-        return bm.Amortized(shared="svgd", guide=guide, optimizer=bm.Optimizer(steps=60))
+        guide = bm.guides.SVGD(particles=4, steps=3)
+        return bm.Amortized(shared="svgd", guide=guide, optimizer=bm.Optimizer(steps=80))
 
     fit = bm.fit(centre, tasks, method=options(), progress=False)
     mean, covariance = exact(ROWS)
