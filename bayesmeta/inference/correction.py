@@ -67,9 +67,9 @@ def correct_shared(
 ) -> SharedDraws:
     """Weighs draws of θ by prior(θ) Π p̂(D_i | θ) / proposal(θ).
 
-    The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first, unless
-    it is worse by far, as where θ has several modes.
-    Where the evidence of all tasks together is too noisy for that, q's own draws are returned as "uncorrected".
+    The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first,
+    unless it is worse by far, as where θ has several modes. Where the evidence of all tasks together is too noisy for
+    that, q's own draws are returned as "uncorrected".
     """
     if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared | PriorShared):
         plug_in = density.structure.shared_size and isinstance(guides.shared, PointShared)

@@ -96,18 +96,18 @@ def test_the_density_holds_its_parameters_fixed_and_passes_gradients_to_theta() 
 
 
 def test_a_particle_takes_the_gradients_of_those_near_it() -> None:
-    """Two that nearly coincide share a gradient, a third far away keeps its own; draws are where particles are."""
-    shared = ParticleShared(LOC[:1], SCALE[:1], particles=3)
+    """Three near each other, one far away that keeps its own; draws are where particles are."""
+    place, given = np.array([0.0, 0.05, 0.15, 5.0]), np.array([1.0, 3.0, -2.0, 10.0])
+    shared = ParticleShared(LOC[:1], SCALE[:1], particles=4)
     with torch.no_grad():
-        shared.mean.copy_(torch.tensor([[0.0], [0.01], [5.0]]))
+        shared.mean.copy_(torch.as_tensor(place)[:, None])
     mixed = shared._mixed()
     torch.testing.assert_close(mixed, shared.mean)
-    mixed.backward(torch.tensor([[1.0], [3.0], [10.0]], dtype=torch.float64))
+    mixed.backward(torch.as_tensor(given)[:, None])
     assert shared.mean.grad is not None
-    pair, far = shared.mean.grad[:2, 0], float(shared.mean.grad[2, 0])
-    share = np.exp(-(0.1**2) / 1.0)
-    torch.testing.assert_close(pair, torch.tensor([1 + 3 * share, 3 + share]).double() / (1 + share))
-    assert far == pytest.approx(10.0)
+    kernel = np.exp(-(((place[:, None] - place) / 0.1) ** 2))  # in sds around particles, the width at its bound
+    np.testing.assert_allclose(shared.mean.grad[:, 0], kernel @ given / kernel.sum(1))
+    assert float(shared.mean.grad[3, 0]) == pytest.approx(10.0)
 
 
 def test_one_mode_is_found_as_a_normal_finds_it_and_corrected() -> None:

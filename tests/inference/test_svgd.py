@@ -106,9 +106,15 @@ def test_gaussian_tasks_are_exact_with_full_shrinkage(particles: int) -> None:
     found = moments(posterior)
     np.testing.assert_allclose(found[0][:, :-1] * TAU + theta.numpy(), mean, atol=1e-9)
     np.testing.assert_allclose(found[1][:, :-1] * TAU, np.broadcast_to(sd, mean.shape), rtol=1e-9)
-    noise = torch.linspace(-3, 3, 18, dtype=torch.float64).reshape(3, 6, 1)
-    prior = torch.distributions.Normal(0.0, 1.0).log_prob(noise[:, -1, 0])
-    torch.testing.assert_close(posterior.log_prob(noise)[:, -1], prior)
+
+
+def test_a_task_without_rows_keeps_its_prior() -> None:
+    guide, context = attached(density(), make_tasks(RAGGED), particles=3, steps=1)
+    posterior = mixture(guide, torch.zeros(9, 1, dtype=torch.float64), context)
+    noise = torch.linspace(-3, 3, 9, dtype=torch.float64).reshape(9, 1, 1).expand(9, 6, 1)
+    log_q = posterior.log_prob(noise)
+    torch.testing.assert_close(log_q[:, -1], torch.distributions.Normal(0.0, 1.0).log_prob(noise[:, -1, 0]))
+    assert ((log_q[:, :-1] - log_q[:, -1:]).abs().amax(0) > 0.5).all()
 
 
 @pytest.mark.parametrize("shrinkage", [0.2, 0.5, 0.8])
