@@ -23,6 +23,7 @@ from bayesmeta.inference.flows import FlowGuide
 from bayesmeta.inference.guides import NaturalGuide
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.objectives import OBJECTIVES, Guides, Objective, Step
+from bayesmeta.inference.particles import ParticleShared
 from bayesmeta.inference.pooled import PooledGuide
 from bayesmeta.inference.predictive import DEFAULT_CONTEXT, Predictive
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide
@@ -49,6 +50,7 @@ SHARED: dict[str, Callable[[Tensor, Tensor], SharedPosterior]] = {
     "normal": NormalShared,
     "lowrank": LowRankShared,
     "map": PointShared,
+    "svgd": ParticleShared,
 }
 
 KNOWN_OBJECTIVES = {**OBJECTIVES, **CONFLICTS}
@@ -61,7 +63,8 @@ class Amortized:
     """Options of `method="amortized"`.
 
     Args:
-        shared: Posterior of θ: "normal" (full covariance), "lowrank" or "map" (a point).
+        shared: Posterior of θ: "normal" (full covariance), "lowrank", "map" (a point) or "svgd" (particles, for several
+            modes).
         objective: "elbo", "iw", "predictive" (score held-out rows given a context), "minimax" (the worst tasks count
             most), "pcgrad" (conflicts between tasks' gradients of trained weights are projected out), or a function
             `(density, guides, step) -> (loss, info)`.

@@ -94,6 +94,20 @@ def theta_chunks(theta: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + keep), part
 
 
+def different(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws of θ without repetitions, filled up to a power of two, and where each draw is among them.
+
+    Where gradients are recorded, all of them: which are equal cannot be differentiated.
+    """
+    if theta.shape[1] == 0:
+        return theta[:1], torch.zeros(len(theta), dtype=torch.long)
+    if torch.is_grad_enabled():
+        return theta, torch.arange(len(theta))
+    some, place = theta.unique_consecutive(dim=0, return_inverse=True)
+    missing = _power_of_two(len(some)) - len(some)
+    return torch.cat([some, some[-1:].expand(missing, -1)]), place
+
+
 def like_sizes(sizes: np.ndarray, *, draws: int) -> list[np.ndarray]:
     """Cuts tasks `(T,)` into groups of like size so that padding and the number of groups cost least together."""
     sizes = np.asarray(sizes)

@@ -30,6 +30,8 @@ FULL_BUDGET = 8_000_000
 """Bounds on draws × tasks × candidates: of a look between two stages of training, and of the final correction."""
 PILOT_TASKS = 2000
 ADAPTED_WIDTH = 1.1
+SPOILT = 2.0
+"""An adapted proposal whose weights spread so much more is not used: one t(5) over several modes of θ."""
 MIN_DRAWS = 200
 MIN_ESS, MIN_EFFECTIVE = 0.05, 10
 """θ counts as corrected only if this share of its draws, and so many of them, are effective."""
@@ -65,8 +67,9 @@ def correct_shared(
 ) -> SharedDraws:
     """Weighs draws of θ by prior(θ) Π p̂(D_i | θ) / proposal(θ).
 
-    The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first.
-    Where the evidence of all tasks together is too noisy for that, q's own draws are returned as "uncorrected".
+    The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first,
+    unless it is worse by far, as where θ has several modes. Where the evidence of all tasks together is too noisy for
+    that, q's own draws are returned as "uncorrected".
     """
     if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared | PriorShared):
         plug_in = density.structure.shared_size and isinstance(guides.shared, PointShared)
@@ -86,13 +89,36 @@ def weigh_shared(
     shared: SharedPosterior, score: Callable[[Tensor], Tensor], *, draws: int, affordable: int, adapt: bool = True
 ) -> SharedDraws:
     """Weighs draws of θ by their log density `score` `(S, d_theta) -> (S,)`, twice: the first time to adapt."""
-    first = shared.sample(max(MIN_DRAWS, min(draws // 4, affordable)), wide=True)
-    log_weight = score(first) - shared.log_prob(first, wide=True)
+    wide = Wide(shared)
+    first = wide.sample(max(MIN_DRAWS, min(draws // 4, affordable)))
+    log_target = score(first)
+    log_weight = log_target - wide.log_prob(first)
     if not adapt or not _usable(log_weight, first.shape[1]):
         return weighed(first, log_weight)
-    proposal = Adapted(first, log_weight)
+    adapted = Adapted(first, log_weight)
+    one, two = (_log_spread(log_target, log_weight, q.log_prob(first)) for q in (wide, adapted))
+    proposal = wide if float(two - one) > math.log(SPOILT) else adapted
     theta = proposal.sample(max(MIN_DRAWS, min(draws, affordable)))
     return weighed(theta, score(theta) - proposal.log_prob(theta))
+
+
+class Wide:
+    """The t(5) version of q(θ), or whatever it has for proposals.
+
+    Args:
+        shared: q(θ).
+    """
+
+    def __init__(self, shared: SharedPosterior) -> None:
+        self._shared = shared
+
+    def sample(self, count: int) -> Tensor:
+        """Draws `(count, d)`."""
+        return self._shared.sample(count, wide=True)
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Log density `(S,)`."""
+        return self._shared.log_prob(theta, wide=True)
 
 
 class Adapted:
@@ -117,6 +143,12 @@ class Adapted:
         white = torch.linalg.solve_triangular(self._factor, (theta.double() - self._mean).mT, upper=False).mT
         log_det = -self._factor.diagonal().log().sum()
         return student_t_log_prob(white.square().sum(-1), log_det, theta.shape[1])
+
+
+def _log_spread(log_target: Tensor, log_weight: Tensor, log_proposal: Tensor) -> Tensor:
+    """Log of E_p[p/q], the larger the smaller the ESS of a proposal q, from draws weighed towards p."""
+    share = torch.nan_to_num(log_weight, nan=-math.inf).log_softmax(0)
+    return (share + torch.nan_to_num(log_target - log_proposal, nan=-math.inf)).logsumexp(0)
 
 
 def _usable(log_weight: Tensor, dim: int) -> bool:

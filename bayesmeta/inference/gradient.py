@@ -2,7 +2,7 @@
 
 It is model-agnostic meta-learning (MAML) read as inference: the steps find the centre of q(φ | D, θ), a learned
 curvature conditions them and gives the spread. It has no encoder, so that it needs no features of rows and works for
-any x.
+any x. Other guides that climb log joints (`adaptation.py`, `svgd.py`) take their slopes from here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.chunks import different, task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_lower, solve_upper
 from bayesmeta.inference.loadings import Loadings, ThetaStandardiser
+from bayesmeta.inference.options import check_lengths
 from bayesmeta.inference.protocols import Context, TaskGuide
 
 LONGEST_STEP = 30.0
@@ -24,6 +26,7 @@ PROBED = 64
 """The first guess of the curvature looks at so many tasks."""
 SMALLEST = 1e-2
 """Least curvature of a row in the first guess, in units of the prior's."""
+BY_DRAW = (0, 0, None, None)
 
 
 class Gradient(TaskGuide):
@@ -45,8 +48,7 @@ class Gradient(TaskGuide):
 
     def __init__(self, *, steps: int = 5) -> None:
         super().__init__()
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"Gradient: steps must be a whole number of at least 1, got {steps!r}")
+        check_lengths("Gradient", steps=steps)
         self.steps = steps
 
     def attach(self, density: TaskDensity, tasks: Tasks) -> None:
@@ -66,26 +68,38 @@ class Gradient(TaskGuide):
 
     def condition(self, theta: Tensor, context: Context) -> GaussianTasks:
         """q(φ | D, θ) of every task for every θ."""
-        seen = context.batch.observed.flatten(2).any(-1) if context.batch.y.dim() > 2 else context.batch.observed
-        count = (seen & context.batch.mask).sum(-1).to(self.start.dtype)
+        theta, place = different(theta)
+        count = rows_seen(context.batch).to(self.start.dtype)
         weights = self.curvature(self.theta(theta)).to(self.start.dtype).unsqueeze(1)
         precision = torch.eye(len(self.start), dtype=self.start.dtype) + count[:, None, None] * (weights @ weights.mT)
         factor = cholesky(precision)
         loc = (self.start * (count / (count + 1)).unsqueeze(-1)).expand(len(theta), -1, -1)
         for rate in self.log_rate.exp():
-            move = rate * solve_upper(factor.mT, solve_lower(factor, self._gradient(theta, loc, context)))
-            loc = loc + LONGEST_STEP * torch.tanh(move / LONGEST_STEP)
-        return GaussianTasks(loc, factor)
+            gradient = slope(self._density, theta, loc, context)
+            move = rate * solve_upper(factor.mT, solve_lower(factor, gradient))
+            loc = loc + limited(move, LONGEST_STEP)
+        return GaussianTasks(loc[place], factor[place])
 
-    def _gradient(self, theta: Tensor, loc: Tensor, context: Context) -> Tensor:
-        """The gradient of log p(φ, D | θ) at `(S, T, d)`; differentiable where gradients are recorded."""
-        recorded = torch.is_grad_enabled()
-        values = dict(self._density.learned.values)
-        with torch.enable_grad():
-            point = loc if loc.requires_grad else loc.detach().requires_grad_()
-            total = self._density.log_task.mapped(theta, point, context.data, values, in_dims=(0, 0, None, None)).sum()
-            (gradient,) = torch.autograd.grad(total, point, create_graph=recorded)
-        return gradient if recorded else gradient.detach()
+
+def slope(density: TaskDensity, theta: Tensor, noise: Tensor, context: Context) -> Tensor:
+    """∇_z log p(z_i, D_i | θ_s) at whitened parameters z `(S, T, d)`; differentiable where gradients are recorded."""
+    values = dict(density.learned.values)
+    if not torch.is_grad_enabled():
+        return density.log_task.gradient(theta, noise, context.data, values, wrt=(1,), in_dims=BY_DRAW)[1][0]
+    point = noise if noise.requires_grad else noise.detach().requires_grad_()
+    total = density.log_task.mapped(theta, point, context.data, values, in_dims=BY_DRAW).sum()
+    return torch.autograd.grad(total, point, create_graph=True)[0]
+
+
+def limited(move: Tensor, longest: float) -> Tensor:
+    """A move that is bent so that no coordinate changes by more than `longest`."""
+    return longest * torch.tanh(move / longest)
+
+
+def rows_seen(batch: Batch) -> Tensor:
+    """How many rows of each task have a label, `(T,)`."""
+    labelled = batch.observed.flatten(2).any(-1) if batch.y.dim() > 2 else batch.observed
+    return (labelled & batch.mask).sum(-1)
 
 
 def _curvature_of_a_row(density: TaskDensity, tasks: Tasks) -> Tensor:

@@ -18,10 +18,12 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.networks import MLP, RowInputs
+from bayesmeta.inference.adaptation import Variational as Variational
 from bayesmeta.inference.gaussian import Lower, NaturalTasks
 from bayesmeta.inference.gradient import Gradient as Gradient
 from bayesmeta.inference.loadings import ThetaStandardiser
 from bayesmeta.inference.protocols import Context, TaskGuide
+from bayesmeta.inference.svgd import SVGD as SVGD
 
 QUADRATIC_INPUTS = 12
 """Up to so many row inputs, their products join the learned features: linear Gaussian tasks are then exact."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.chunks import different, task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
@@ -116,7 +116,7 @@ def find_modes(curvature: Curvature, start: Tensor, *, steps: int = MAX_STEPS) -
     damping = torch.zeros(start.shape[:-1], dtype=start.dtype)
     tolerance, rounding = TOLERANCE[start.dtype], ROUNDING[start.dtype]
     for step in range(steps):
-        positive, definite = _positive(point.precision)
+        positive, definite = made_positive(point.precision)
         move = _step(positive, damping, point.gradient)
         length = (move * (positive @ move.unsqueeze(-1)).squeeze(-1)).sum(-1).clamp(min=0).sqrt()
         converged = (length < tolerance) & definite & (damping < 1) & torch.isfinite(point.value)
@@ -140,7 +140,7 @@ def _step(positive: Tensor, damping: Tensor, gradient: Tensor) -> Tensor:
     return move * (LONGEST / longest)
 
 
-def _positive(precision: Tensor) -> tuple[Tensor, Tensor]:
+def made_positive(precision: Tensor) -> tuple[Tensor, Tensor]:
     """Positive definite precisions, and where they were so from the start `(S, T)`."""
     usable = torch.isfinite(precision).flatten(-2).all(-1)
     definite = (torch.linalg.cholesky_ex(precision).info == 0) & usable
@@ -261,14 +261,19 @@ def modes_at(density: TaskDensity, data: dict[str, Tensor], theta: Tensor, begin
     return Modes(loc, factor, value, converged), there
 
 
-def _starts(theta: Tensor, tasks: int, dim: int, starts: int) -> Tensor:
-    """The prior's centre and draws of it for each θ and task, `(starts + 1, A, T, d)`.
+def mirrored(count: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Standard normal draws `(count, *shape)`, every second one the one before with other signs.
 
-    Every second draw is the one before with other signs: of two modes that mirror each other both are found.
+    Of two modes that mirror each other both are found from them.
     """
-    drawn = torch.randn(-(-starts // 2), len(theta), tasks, dim, dtype=theta.dtype)
-    mirrored = torch.stack([drawn, -drawn], 1).flatten(0, 1)[:starts]
-    return torch.cat([drawn.new_zeros(1, *drawn.shape[1:]), mirrored])
+    drawn = torch.randn(-(-count // 2), *shape, dtype=dtype)
+    return torch.stack([drawn, -drawn], 1).flatten(0, 1)[:count]
+
+
+def _starts(theta: Tensor, tasks: int, dim: int, starts: int) -> Tensor:
+    """The prior's centre and draws of it for each θ and task, `(starts + 1, A, T, d)`."""
+    drawn = mirrored(starts, len(theta), tasks, dim, dtype=theta.dtype)
+    return torch.cat([drawn.new_zeros(1, *drawn.shape[1:]), drawn])
 
 
 def modes_of(density: TaskDensity, tasks: Tasks, theta: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -359,7 +364,7 @@ class LaplaceGuide(TaskGuide):
 
     def condition(self, theta: Tensor, context: Context) -> TaskPosterior:
         """The Gaussians, or mixtures of them, one Newton step from the modes at the nearest anchor of each θ."""
-        some, place = _different(theta)
+        some, place = different(theta)
         near = self.nearest(some)
         curvature = curvature_of(self._density, context.data, some)
         summary = {name: value[:, near] for name, value in context.summary.items()}
@@ -372,15 +377,6 @@ def _padded(part: Tensor, most: int) -> Tensor:
     """Modes `(m, A, …)`, or which are there, filled up to `most` by copies of the first that are not there."""
     extra = part[:1].expand(most - len(part), *part.shape[1:])
     return torch.cat([part, torch.zeros_like(extra) if part.dtype == torch.bool else extra])
-
-
-def _different(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws of θ without repetitions, filled up to a power of two, and where each draw is among them."""
-    if theta.shape[1] == 0:
-        return theta[:1], torch.zeros(len(theta), dtype=torch.long)
-    some, place = theta.unique_consecutive(dim=0, return_inverse=True)
-    missing = 2 ** math.ceil(math.log2(len(some))) - len(some)
-    return torch.cat([some, some[-1:].expand(missing, -1)]), place
 
 
 def _stepped(curvature: Curvature, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,9 @@ from bayesmeta.inference.evidence import Evidence, kind_of, points_of
 from bayesmeta.inference.exact import are_gaussian
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.mode import Mode
-from bayesmeta.inference.nuts import check_lengths, check_samplable, from_chains, laplace_guides
+from bayesmeta.inference.nuts import check_samplable, from_chains, laplace_guides
 from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.options import check_lengths
 from bayesmeta.inference.sampling import Lengths, sample
 from bayesmeta.inference.threads import threads_for
 from bayesmeta.inference.training import History

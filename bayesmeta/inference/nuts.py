@@ -25,6 +25,7 @@ from bayesmeta.inference.joint import Joint
 from bayesmeta.inference.laplace import LaplaceGuide
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.objectives import Guides
+from bayesmeta.inference.options import check_lengths
 from bayesmeta.inference.sampling import Drawn, Lengths, positions_of, require_nutpie, sample
 from bayesmeta.inference.shared import NormalShared
 from bayesmeta.inference.shear import Sheared
@@ -101,13 +102,6 @@ def _coordinates(density: TaskDensity, tasks: Tasks, joint: Joint, pilot: np.nda
         return Centred(density, tasks, joint)
     sheared = Sheared(joint, pilot)
     return sheared if sheared.fits else joint
-
-
-def check_lengths(name: str, **lengths: int) -> None:
-    """Refuses options that are no positive whole numbers."""
-    for option, value in lengths.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: {option} must be a whole number of at least 1, got {value!r}")
 
 
 def check_samplable(method: str, density: TaskDensity, checkpoint: Any, *, trains: bool) -> None:

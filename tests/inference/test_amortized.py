@@ -21,6 +21,7 @@ from bayesmeta.inference.amortized import Amortized, build_guides, fit_amortized
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.guides import NaturalGuide
 from bayesmeta.inference.objectives import OBJECTIVES, Guides, Step, elbo
+from bayesmeta.inference.particles import ParticleShared
 from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
 from bayesmeta.inference.training import History, Optimizer
 from bayesmeta.results.weighted import weighted_mean, weighted_sd
@@ -53,7 +54,7 @@ def test_options_are_checked_when_they_are_written() -> None:
 
 def test_guides_before_training() -> None:
     tasks = make_tasks(ROWS)
-    kinds = {"normal": NormalShared, "lowrank": LowRankShared, "map": PointShared}
+    kinds = {"normal": NormalShared, "lowrank": LowRankShared, "map": PointShared, "svgd": ParticleShared}
     for name, kind in kinds.items():
         guides = build_guides(density(), tasks, Amortized(shared=name))
         assert type(guides.shared) is kind and isinstance(guides.task, NaturalGuide)

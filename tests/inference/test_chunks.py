@@ -11,6 +11,7 @@ from bayesmeta.inference.chunks import (
     CHUNK_ELEMENTS,
     GRAPH_ELEMENTS,
     PIECE_ELEMENTS,
+    different,
     like_sizes,
     padded_rows,
     task_chunks,
@@ -106,3 +107,14 @@ def test_rounded_chunks_have_few_shapes_and_every_row() -> None:
     assert shapes <= {(t, n) for t in (1, 2, 4, 8) for n in (1, 2, 4, 8, 16)}
     exact = [c.batch.mask.shape[1] for c in task_chunks(tasks, exact_size=True, rounded=True)]
     assert sorted(set(exact)) == sorted(set(tasks.sizes.tolist()))
+
+
+def test_repeated_draws_of_theta_are_taken_once() -> None:
+    theta = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
+    with torch.no_grad():
+        some, place = different(theta)
+    assert len(some) == 4 and torch.equal(some[place], theta) and len(set(place.tolist())) == 3
+    some, place = different(theta)
+    assert some is theta and place.tolist() == [0, 1, 2, 3, 4], "gradients cannot pass through a choice"
+    some, place = different(torch.zeros(7, 0))
+    assert some.shape == (1, 0) and some[place].shape == (7, 0)

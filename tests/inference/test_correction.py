@@ -11,7 +11,8 @@ from conjugate import ROWS, ExactGuide, close, exact, exact_guides, known_mean, 
 
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import correction
-from bayesmeta.inference.correction import SharedDraws, correct_shared, reachable_ess
+from bayesmeta.inference.correction import SharedDraws, correct_shared, reachable_ess, weigh_shared
+from bayesmeta.inference.particles import ParticleShared
 from bayesmeta.inference.shared import PointShared
 from bayesmeta.results.weighted import weighted_mean, weighted_sd
 
@@ -104,6 +105,21 @@ def test_a_point_and_a_model_without_theta_have_nothing_to_correct() -> None:
     guides.shared = PointShared(torch.zeros(0), torch.ones(0))
     sampled = correct_shared(nothing, guides, tasks, draws=50)
     assert sampled.status == "sampled" and sampled.theta.shape == (50, 0) and sampled.khat == 0
+
+
+def test_a_proposal_with_two_modes_is_not_replaced_by_one_over_both() -> None:
+    """θ near ± 2, ten sds apart: one t(5) over both modes would waste nearly all draws between them."""
+    shared = ParticleShared(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), particles=2)
+    shared.mean.copy_(torch.tensor([[-2.0], [2.0]]))
+    shared.log_diagonal.fill_(np.log(0.15))
+    modes = torch.distributions.Normal(torch.tensor([-2.05, 1.98], dtype=torch.float64), 0.2)
+    log_share = torch.tensor([0.3, 0.7], dtype=torch.float64).log()
+    drawn = weigh_shared(
+        shared, lambda theta: (modes.log_prob(theta) + log_share).logsumexp(1), draws=DRAWS, affordable=DRAWS
+    )
+    assert drawn.status == "corrected" and drawn.ess > 0.5
+    below = np.exp(drawn.log_weight)[drawn.theta[:, 0].numpy() < 0].sum()
+    assert abs(below - 0.3) < 4 * (0.21 / DRAWS / drawn.ess) ** 0.5
 
 
 def test_reachable_ess_is_that_of_a_perfect_q() -> None:

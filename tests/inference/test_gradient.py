@@ -7,10 +7,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conjugate import ROWS, SIGMA, TAU, make_tasks
+from conjugate import density as centre_density
+from scenarios import make_tasks as make_lines
 
 import bayesmeta as bm
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.gradient import LONGEST_STEP
+from bayesmeta.inference.gradient import LONGEST_STEP, limited, rows_seen, slope
 from bayesmeta.inference.protocols import Context
 
 SD = 0.5
@@ -84,6 +87,35 @@ def test_fitted_it_finds_the_posterior() -> None:
     exact = np.array([float(task.y.sum()) for task in tasks]) / SD**2 * exact_sd**2
     assert np.abs((posterior.mean("phi") - exact) / exact_sd).max() < 0.1
     assert np.abs(posterior.sd("phi") / exact_sd - 1).max() < 0.1
+
+
+def test_slopes_are_the_same_with_and_without_gradients_and_lead_back_to_theta() -> None:
+    tasks = make_tasks(ROWS)
+    batch = tasks.batch(slice(None))
+    context = Context(batch, centre_density().tensors(batch))
+    theta = torch.tensor([[0.2], [1.5]], dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(2, len(tasks), 1, dtype=torch.float64)
+    found = slope(centre_density(), theta, noise, context)
+    mean = theta + TAU * noise[..., 0]
+    sums, count = (batch.y * batch.mask).sum(1), batch.n
+    torch.testing.assert_close(found[..., 0], TAU * (sums - count * mean) / SIGMA**2 - noise[..., 0])
+    found.sum().backward()
+    torch.testing.assert_close(theta.grad, torch.full_like(theta, -TAU / SIGMA**2 * float(count.sum())))
+    with torch.no_grad():
+        torch.testing.assert_close(slope(centre_density(), theta, noise, context), found.detach())
+
+
+def test_moves_are_bent_at_their_limit() -> None:
+    moves = torch.tensor([-1e3, -0.01, 0.0, 0.01, 1e3])
+    assert (limited(moves, 2.0).abs() <= 2.0).all()
+    torch.testing.assert_close(limited(moves[1:4], 2.0), moves[1:4], rtol=1e-4, atol=0)
+
+
+def test_rows_without_a_label_are_not_seen() -> None:
+    one = make_lines("missing", sizes=(3, 1, 0, 4))
+    assert rows_seen(one.batch(slice(None))).tolist() == [2, 1, 0, 3]
+    two = make_lines("outputs", sizes=(3, 1, 0, 4))
+    assert rows_seen(two.batch(slice(None))).tolist() == [3, 1, 0, 4], "one of two outputs is enough"
 
 
 @pytest.mark.parametrize("steps", [0, 1.5, True])
