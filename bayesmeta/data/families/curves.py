@@ -18,18 +18,16 @@ from torch import Tensor
 
 from bayesmeta.data.families.base import Interval
 from bayesmeta.data.families.boxed import Boxed, BoxedRows, Coefficient
+from bayesmeta.data.families.grids import cells, refined
 from bayesmeta.data.families.mixtures import Mixture
 from bayesmeta.data.families.rows import Rows
 
 FEWEST_NODES = 64
 MOST_NODES = 20_000
 ROUNDS = 3
-"""How often nodes move to where the posterior is; the cells around them shrink by more than the fewest nodes / 5 each
-time."""
-TEMPER = 0.25
-"""Nodes follow this power of the posterior, twice as wide: its tails need nodes too."""
-EVERYWHERE = 0.1
-"""Share of the nodes that is spread evenly."""
+"""How often nodes move to where the posterior is; each time cells there can shrink by a factor of twenty."""
+CLOSE = 0.5
+"""Curves of neighbouring nodes differ by no more than this, in sds of the noise."""
 
 Loadings = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -121,7 +119,7 @@ class Curves:
         return Mixture(nodes.log_weight, BoxedRows(explained[..., 4], unexplained, sd, nodes.coefficient))
 
     def count(self, *x: Tensor) -> int:
-        """How many nodes it takes so that curves of neighbouring nodes differ by less than the noise at inputs x.
+        """How many nodes it takes so that curves of neighbouring nodes are close at inputs x.
 
         Raises:
             ValueError: If they are more than `MOST_NODES`.
@@ -130,11 +128,12 @@ class Curves:
         slope, offset = self.loadings(edges)
         steps = torch.cat([(end * slope + offset).diff(dim=0) for end in self.coefficient])
         psi = torch.cat([features(inputs, self.frequency).flatten(0, 1) for inputs in x])
-        change = float((psi @ steps.T).abs().max()) / self.noise
+        change = float((psi @ steps.T).abs().max()) / (CLOSE * self.noise)
         if not change * FEWEST_NODES < MOST_NODES:
+            farthest = max(float(inputs.abs().max()) for inputs in x)
             raise ValueError(
-                f"the oracle would need more than {MOST_NODES} nodes: curves differ by {change:.3g} sds of the noise "
-                f"{self.noise:g} between the first {FEWEST_NODES}; use inputs nearer to 0 or a larger noise"
+                f"the oracle would need more than {MOST_NODES} nodes to resolve curves at inputs up to {farthest:.3g} "
+                f"with noise {self.noise:g}; use inputs nearer to 0 or a larger noise"
             )
         return math.ceil(FEWEST_NODES * max(1.0, change))
 
@@ -143,9 +142,9 @@ class Curves:
         given = self._summary(rows)
         edges = torch.linspace(*self.unknown, count + 1, dtype=torch.float64).repeat(len(rows), 1)
         for _ in range(ROUNDS):
-            middle, width = _cells(edges)
-            edges = _refined(edges, self._at(middle, given)[0] + width.log())
-        middle, width = _cells(edges)
+            middle, width = cells(edges)
+            edges = refined(edges, self._at(middle, given)[0] + width.log())
+        middle, width = cells(edges)
         log_density, coefficient = self._at(middle, given)
         return Nodes(log_density + width.log(), coefficient)
 
@@ -177,29 +176,3 @@ class Curves:
     def _log_prior(self, u: Tensor) -> Tensor | float:
         low, high = self.unknown
         return -math.log(high - low) if self.log_prior is None else self.log_prior(u)
-
-
-def _cells(edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Middles and widths `(T, K)` of the cells between edges `(T, K + 1)`."""
-    return 0.5 * (edges[:, 1:] + edges[:, :-1]), edges.diff(dim=1)
-
-
-def _refined(edges: Tensor, log_mass: Tensor) -> Tensor:
-    """Moves edges `(T, K + 1)` so that all cells get the same share of a widened posterior; VEGAS in one dimension.
-
-    Args:
-        edges: Where the cells are, from the lower to the upper end.
-        log_mass: Log posterior mass of each cell `(T, K)`, up to a constant.
-    """
-    width = edges.diff(dim=1)
-    tempered = (TEMPER * (log_mass - width.log()) + width.log()).softmax(-1)
-    # A peak narrower than a cell may lie across its edge.
-    widened = torch.nn.functional.max_pool1d(tempered, 3, stride=1, padding=1)
-    share = (1 - EVERYWHERE) * widened / widened.sum(-1, keepdim=True)
-    share = share + EVERYWHERE * width / width.sum(-1, keepdim=True)
-    below = torch.cat([torch.zeros_like(share[:, :1]), share.cumsum(-1)], -1)
-    wanted = torch.linspace(0, 1, edges.shape[1], dtype=torch.float64) * below[:, -1:]
-    cell = (torch.searchsorted(below, wanted.contiguous(), right=True) - 1).clamp(0, width.shape[1] - 1)
-    within = (wanted - below.gather(1, cell)) / share.gather(1, cell)
-    moved = edges.gather(1, cell) + within.clamp(0, 1) * width.gather(1, cell)
-    return torch.cat([edges[:, :1], moved[:, 1:-1], edges[:, -1:]], 1)
