@@ -202,10 +202,10 @@ def draw_sizes(rows: Sizes, n: int, generator: torch.Generator) -> Tensor:
     Raises:
         ValueError: If they are not whole numbers from 0, a range is empty, or a list has not n entries.
     """
-    if isinstance(rows, tuple) and len(rows) == 2 and _sizes_in_order(rows):
+    if isinstance(rows, tuple) and len(rows) == 2 and _in_order(rows):
         return torch.randint(rows[0], rows[1] + 1, (n,), generator=generator)
-    listed = [rows] * n if whole(rows) is not None else rows
-    counts = [whole(count) for count in listed] if not isinstance(listed, int | tuple) else []
+    listed = [rows] * n if np.ndim(rows) == 0 else [] if isinstance(rows, tuple) else rows
+    counts = [whole(count) for count in listed]  # type: ignore[union-attr]
     if len(counts) != n or any(count is None or count < 0 for count in counts):
         raise ValueError(
             f"rows: expected a number of rows, a range (smallest, largest), or a list of {n} numbers, one a task, got "
@@ -214,7 +214,7 @@ def draw_sizes(rows: Sizes, n: int, generator: torch.Generator) -> Tensor:
     return torch.tensor(counts, dtype=torch.int64)
 
 
-def _sizes_in_order(rows: tuple[int, int]) -> bool:
+def _in_order(rows: tuple[int, int]) -> bool:
     low, high = whole(rows[0]), whole(rows[1])
     return low is not None and high is not None and 0 <= low <= high
 

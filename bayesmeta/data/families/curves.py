@@ -22,7 +22,7 @@ from bayesmeta.data.families.grids import cells, refined
 from bayesmeta.data.families.mixtures import Mixture
 from bayesmeta.data.families.rows import Rows
 
-FEWEST_NODES = 64
+FEWEST_NODES = 128
 MOST_NODES = 20_000
 ROUNDS = 3
 """How often nodes move to where the posterior is; each time cells there can shrink by a factor of twenty."""
