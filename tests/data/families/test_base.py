@@ -47,7 +47,9 @@ def test_tasks_and_truth_have_the_promised_shapes(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=label)
 def test_episodes_have_the_recipe_s_sizes_and_are_new_tasks(family: Family) -> None:
     context, target = family.episodes(40, seed=3)
-    assert context.names == target.names and not set(context.names) & set(family.simulate(40, seed=3)[0].names)
+    tasks, _ = family.simulate(40, seed=3)
+    assert context.names == target.names and not set(context.names) & set(tasks.names)
+    assert not torch.equal(context.x[:1], tasks.x[:1]), "other tasks than those of the same seed"
     for tasks, rows in ((context, family.context_rows), (target, family.target_rows)):
         low, high = rows if isinstance(rows, tuple) else (rows, rows)
         assert low <= tasks.sizes.min() and tasks.sizes.max() <= high

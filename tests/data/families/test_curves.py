@@ -90,6 +90,13 @@ def test_narrow_posteriors_are_resolved() -> None:
     assert float(weight.max()) < 0.2 and int((weight > 1e-3).sum()) > 15
 
 
+def test_two_kinds_are_weighed_by_their_shares() -> None:
+    rows = rows_of(3)
+    first, second = (curves.nodes(rows, curves.count(rows.x)) for curves in (PLAIN, SPREAD))
+    expected = torch.logaddexp(first.log_evidence() + math.log(0.2), second.log_evidence() + math.log(0.8))
+    torch.testing.assert_close(first.joined(second, 0.2).log_evidence(), expected)
+
+
 def test_nodes_grow_with_the_reach_of_inputs_up_to_a_limit() -> None:
     near, far = torch.full((1, 1, 1), 2.0, dtype=torch.float64), torch.full((1, 1, 1), 40.0, dtype=torch.float64)
     assert 64 <= PLAIN.count(near) < PLAIN.count(near, far)

@@ -129,6 +129,7 @@ def test_the_suite_s_inputs(regime: str, dim: int) -> None:
         assert float(centred.min()) < -1.9 and float(centred.max()) > 1.9 and float(centred.abs().max()) <= 2
     assert context.sizes.max() <= 30 * dim and (target.sizes == 50 * dim).all()
     assert family.length == pytest.approx(0.25 * math.sqrt(dim)) and family.noise**2 == pytest.approx(0.05)
+    assert GaussianProcesses.suite("weakly_periodic", dim=dim).period == pytest.approx(0.25 * math.sqrt(dim))
 
 
 def test_beyond_is_as_predictable_as_inside() -> None:
