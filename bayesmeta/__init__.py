@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from bayesmeta.data import families
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.fitting import Fit, fit, load
@@ -36,6 +37,7 @@ __all__ = [
     "Prediction",
     "TaskGuide",
     "Tasks",
+    "families",
     "fit",
     "guides",
     "likelihoods",
