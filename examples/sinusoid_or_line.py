@@ -1,0 +1,94 @@
+"""Ambiguous tasks: three points may come from a sinusoid or from a line, and the posterior keeps both answers.
+
+φ holds the two numbers of a sinusoid c sin x + d cos x and the two of a line; which of them a task is, is summed over,
+with a share that is learned. The rows of a task then hang together through its kind, so that the model says itself how
+new rows are predicted (`conditional`). Given few points the posterior of φ has two modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+import bayesmeta as bm
+
+
+def curves(phi: Tensor, x: Tensor) -> Tensor:
+    """The sinusoid and the line at each input: `(T, N, 2)`."""
+    at, numbers = x[..., 0], phi.unbind(-1)
+    return torch.stack([numbers[0] * at.sin() + numbers[1] * at.cos(), numbers[2] + numbers[3] * at], -1)
+
+
+def kinds(f: Tensor, batch: bm.Batch, shared: Mapping[str, Tensor]) -> dist.Distribution:
+    """All labels of a task at once: a mixture of two kinds."""
+    rows = dist.Normal(f.mT.unsqueeze(1), shared["sigma"]).to_event(1)
+    share = torch.stack([shared["share"], 1 - shared["share"]]).expand(rows.batch_shape)
+    return dist.MixtureSameFamily(dist.Categorical(share), rows)
+
+
+def is_sinusoid(phi: Tensor, shared: Mapping[str, Tensor], context: bm.Batch) -> Tensor:
+    """Probability of a sinusoid given φ and the rows of the context, `(T, 1)`."""
+    each = dist.Normal(curves(phi, context.x), shared["sigma"]).log_prob(context.y.unsqueeze(-1))
+    score = (each * context.mask.unsqueeze(-1)).sum(1)
+    return torch.sigmoid(score[:, :1] - score[:, 1:] + torch.logit(shared["share"]))
+
+
+def new_rows(phi: Tensor, shared: Mapping[str, Tensor], context: bm.Batch, x: Tensor) -> dist.Distribution:
+    """New labels: each kind's, weighed by how well it explains the context."""
+    share = is_sinusoid(phi, shared, context).unsqueeze(-1)
+    rows = dist.Normal(curves(phi, x).mT.unsqueeze(1), shared["sigma"]).to_event(1)
+    return dist.MixtureSameFamily(dist.Categorical(torch.cat([share, 1 - share], -1)), rows)
+
+
+def main(*, count: int = 300, new: int = 200, steps: int | None = 1000, progress: bool = True) -> dict[str, float]:
+    """Fits, and returns how the probability of a sinusoid compares with the exact one, for tasks of three points.
+
+    Args:
+        count: Tasks to learn from.
+        new: Tasks of three points.
+        steps: Training steps; None stops by itself.
+        progress: Whether to show a bar.
+    """
+    family = bm.families.SinusoidOrLine(context_rows=3, target_rows=20)
+    model = bm.HierarchicalModel(
+        bm.priors.Gaussian(4, loc_scale=3.0, sd_scale=3.0),
+        curves,
+        kinds,
+        shared={"sigma": dist.HalfNormal(1.0), "share": dist.Beta(2.0, 2.0)},
+        conditional=new_rows,
+    )
+    known, _ = family.simulate(count, rows=20, seed=0)
+    method = bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=steps, lr=0.01))
+    fit = bm.fit(model, known, method=method, progress=progress)
+    print(fit)
+    context, _ = family.episodes(new, seed=1)
+    batch = context.batch(slice(None))
+    exact = family.kind_probability(batch).numpy()
+    post = fit.posterior(context, draws=400)
+    shared = {name: torch.as_tensor(post.shared[name]) for name in ("sigma", "share")}
+    chance = [
+        is_sinusoid(torch.as_tensor(phi).unsqueeze(1), {name: values[s] for name, values in shared.items()}, batch)
+        for s, phi in enumerate(post.draws("phi"))
+    ]
+    found = torch.stack(chance).mean(0)[:, 0].numpy()
+    ambiguous = (exact > 0.1) & (exact < 0.9)
+    kept = (found > 0.05) & (found < 0.95)
+    print(
+        f"{ambiguous.sum()} of {new} tasks are ambiguous; both answers are kept in {kept[ambiguous].mean():.0%} of them"
+    )
+    print(f"methods: { {name: list(post.method).count(name) for name in set(post.method)} }")
+    print(f"probability of a sinusoid: mean error {np.abs(found - exact).mean():.3f}")
+    return {
+        "kept": float(kept[ambiguous].mean()),
+        "error": float(np.abs(found - exact).mean()),
+        "flagged": float(np.mean(np.asarray(post.flag) != "")),
+        "ambiguous": float(ambiguous.sum()),
+    }
+
+
+if __name__ == "__main__":
+    main()
