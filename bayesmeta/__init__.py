@@ -3,7 +3,9 @@
 import importlib
 from typing import Any
 
+from bayesmeta.data import families
 from bayesmeta.data.batch import Batch
+from bayesmeta.data.episodes import Episode, Source
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.fitting import Fit, fit, load
 from bayesmeta.hierarchy import likelihoods, priors
@@ -27,6 +29,7 @@ __all__ = [
     "ConditionalFit",
     "ConditionalModel",
     "ConditionalPrediction",
+    "Episode",
     "Fit",
     "HierarchicalModel",
     "Marginal",
@@ -34,8 +37,10 @@ __all__ = [
     "Optimizer",
     "Posterior",
     "Prediction",
+    "Source",
     "TaskGuide",
     "Tasks",
+    "families",
     "fit",
     "guides",
     "likelihoods",
