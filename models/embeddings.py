@@ -95,6 +95,7 @@ class Conv4(nn.Module):
 
 def _layer(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 

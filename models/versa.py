@@ -32,6 +32,8 @@ from bayesmeta.models.embeddings import Classes, by_class, embedded
 DRAWS = 100
 """Draws of the logits outside training."""
 IMPOSSIBLE = -1e9
+HIDDEN = 64
+"""Width of the four networks of the posterior."""
 
 
 def build(
@@ -85,8 +87,8 @@ class Versa(nn.Module):
 
     def _classifier(self, found: Classes) -> Independent:
         means, scale = found.means, self.log_scale.exp() / found.means.shape[-1] ** 0.5
-        weight = 2 * scale * means + self.weight_mean(means)
-        bias = -scale * means.square().sum(-1, keepdim=True) + self.bias_mean(means)
+        weight = scale * (2 * means + self.weight_mean(means))
+        bias = scale * (self.bias_mean(means) - means.square().sum(-1, keepdim=True))
         log_var = torch.cat([self.weight_log_var(means), self.bias_log_var(means)], -1)
         return Independent(Normal(torch.cat([weight, bias], -1), (0.5 * log_var).exp()), 2)
 
@@ -105,7 +107,7 @@ class Versa(nn.Module):
 
 def _network(features: int, outputs: int, start: float) -> nn.Sequential:
     """Three layers with ELU between that start at a constant."""
-    last = nn.Linear(features, outputs)
+    last = nn.Linear(HIDDEN, outputs)
     nn.init.zeros_(last.weight)
     nn.init.constant_(last.bias, start)
-    return nn.Sequential(nn.Linear(features, features), nn.ELU(), nn.Linear(features, features), nn.ELU(), last)
+    return nn.Sequential(nn.Linear(features, HIDDEN), nn.ELU(), nn.Linear(HIDDEN, HIDDEN), nn.ELU(), last)

@@ -75,7 +75,8 @@ class ImageClasses:
                 f"ImageClasses: expected square images to turn, got shape {tuple(self._images.shape[1:])}; pad or crop "
                 "them, or leave rotations=False"
             )
-        self.names, codes = np.unique(classes.astype(str), return_inverse=True)
+        names, codes = np.unique(classes.astype(str), return_inverse=True)
+        self.names: tuple[str, ...] = tuple(names.tolist())
         self._turns = QUARTERS if rotations else 1
         self._members, self._counts = _members(torch.from_numpy(codes))
         self._classes = torch.arange(len(self.names))
@@ -152,7 +153,7 @@ class ImageClasses:
         if len(self) < self.way:
             raise ValueError(
                 f"ImageClasses: expected at least way = {self.way} classes, got {len(self)}: "
-                f"{listing(self.names[self._classes])}; lower way, or make more with rotations=True"
+                f"{listing(self.names[c] for c in self._classes.tolist())}; lower way, or make more with rotations=True"
             )
 
     def _episode_rows(self, count: int, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], ...]:
