@@ -136,10 +136,16 @@ def by_class(h: Tensor, context: bm.Batch, classes: int | None) -> Classes:
     Raises:
         ValueError: Labels are no whole numbers from 0 to K - 1, or K is not known.
     """
-    largest = torch.where(context.observed, context.y, -1).amax(1)
+    if context.y.dim() != 2 or not bool((context.y == context.y.long()).all()):
+        raise ValueError(
+            f"expected classes as labels, one whole number a row, got {context.y.dtype} of shape "
+            f"{tuple(context.y.shape[2:])}; number the classes 0, 1, …"
+        )
+    y = context.y.long()
+    largest = torch.where(context.observed, y, -1).amax(1)
     _check_labels(context, largest, classes)
     count = int(largest.max()) + 1 if classes is None else classes
-    member = nn.functional.one_hot(context.y.clamp(0, count - 1), count) * context.observed.unsqueeze(-1)
+    member = nn.functional.one_hot(y.clamp(0, count - 1), count) * context.observed.unsqueeze(-1)
     counts = member.sum(1).to(h.dtype)
     means = (member.to(h.dtype).mT @ h) / counts.clamp(min=1).unsqueeze(-1)
     limit = largest + 1 if classes is None else torch.full_like(largest, count)
@@ -147,19 +153,12 @@ def by_class(h: Tensor, context: bm.Batch, classes: int | None) -> Classes:
 
 
 def _check_labels(context: bm.Batch, largest: Tensor, classes: int | None) -> None:
-    y = context.y
-    if y.dim() != 2 or y.is_floating_point():
-        raise ValueError(
-            f"expected classes as labels, one whole number a row, got {y.dtype} of shape {tuple(y.shape[2:])}; "
-            "number the classes 0, 1, …"
-        )
-    smallest = torch.where(context.observed, y, 0).amin(1)
+    smallest = torch.where(context.observed, context.y, 0).amin(1)
     wrong = (smallest < 0) | (largest >= (largest.max() + 1 if classes is None else classes))
     if bool(wrong.any()):
-        task = int(wrong.nonzero()[0])
+        task, last = int(wrong.nonzero()[0]), "" if classes is None else f" to {classes - 1}"
         raise ValueError(
-            f"task {context.names[task]!r}: expected labels 0 … {'' if classes is None else classes - 1}, got "
-            f"{int(smallest[task])} … {int(largest[task])}; renumber them or give classes="
+            f"task {context.names[task]!r}: expected labels from 0{last}, got {int(smallest[task])} to {int(largest[task])}; renumber them or give classes="
         )
     if classes is None and bool((largest < 0).any()):
         task = int((largest < 0).nonzero()[0])

@@ -103,7 +103,6 @@ def batch(y: list[Any], **options: Any) -> bm.Batch:
 
 def test_means_and_counts_leave_padding_and_missing_labels_out() -> None:
     context = batch([[0, 2, 2, np.nan], [1]], missing="mask")
-    context = context.replace(context.tensors | {"y": context.y.long()})
     h = torch.arange(16.0).reshape(2, 4, 2)
     found = by_class(h, context, 3)
     assert found.counts.tolist() == [[1, 0, 2], [0, 1, 0]]
@@ -115,8 +114,8 @@ def test_means_and_counts_leave_padding_and_missing_labels_out() -> None:
 @pytest.mark.parametrize(
     ("y", "classes", "message"),
     [
-        ([[0, 1], [3]], 3, r"task '1': expected labels 0 … 2, got 0 … 3; renumber them or give classes="),
-        ([[0, -1]], None, r"task '0': expected labels 0 … , got -1 … 0"),
+        ([[0, 1], [3]], 3, r"task '1': expected labels from 0 to 2, got 0 to 3; renumber them or give classes="),
+        ([[0, -1]], None, r"task '0': expected labels from 0, got -1 to 0"),
         ([[0, 1], []], None, "task '1' has no context, so that its number of classes is unknown; give classes="),
         ([[0.5, 1.0]], 2, "expected classes as labels, one whole number a row, got torch.float64"),
     ],
