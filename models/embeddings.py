@@ -158,7 +158,8 @@ def _check_labels(context: bm.Batch, largest: Tensor, classes: int | None) -> No
     if bool(wrong.any()):
         task, last = int(wrong.nonzero()[0]), "" if classes is None else f" to {classes - 1}"
         raise ValueError(
-            f"task {context.names[task]!r}: expected labels from 0{last}, got {int(smallest[task])} to {int(largest[task])}; renumber them or give classes="
+            f"task {context.names[task]!r}: expected labels from 0{last}, got {int(smallest[task])} to "
+            f"{int(largest[task])}; renumber them or give classes="
         )
     if classes is None and bool((largest < 0).any()):
         task = int((largest < 0).nonzero()[0])
