@@ -95,17 +95,17 @@ class ImageClasses:
         (x, y), (new_x, new_y) = self._episode_rows(count, generator)
         return Episode(full_batch(x, y, self.schema), full_batch(new_x, new_y, self.schema))
 
-    def simulate(self, count: int, *, seed: int) -> tuple[Tasks, Tasks]:
+    def simulate(self, n: int, *, seed: int) -> tuple[Tasks, Tasks]:
         """Draws tasks to evaluate on.
 
         Args:
-            count: Number of tasks.
+            n: Number of tasks.
             seed: Of the draw.
 
         Returns:
             (context, target): the same tasks, x `(R, *dx)` float32, y the class in the task.
         """
-        return self._tasks(self._episode_rows(count, torch.Generator().manual_seed(seed)), f"seed {seed}, ")
+        return self._tasks(self._episode_rows(n, torch.Generator().manual_seed(seed)), f"seed {seed}, ")
 
     def split(self, *, new: int | float, seed: int) -> tuple[ImageClasses, ImageClasses]:
         """Splits at random by class; all rotations of a class stay together.
