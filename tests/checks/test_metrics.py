@@ -106,8 +106,8 @@ def test_rows_of_a_task_hang_together() -> None:
 
 def test_expected_calibration_error() -> None:
     """By hand in two bins, the last one with confidence 1; near its chance value where confidence is right."""
-    confidence, correct = np.array([0.1, 0.3, 0.9, 1.0]), np.array([True, False, True, True])
-    assert metrics.expected_calibration_error(confidence, correct, bins=2) == pytest.approx(0.5 * 0.3 + 0.5 * 0.05)
+    confidence, correct = np.array([0.1, 0.3, 0.9, 1.0]), np.array([True, False, True, False])
+    assert metrics.expected_calibration_error(confidence, correct, bins=2) == pytest.approx((0.6 + 0.9) / 4)
     rng = np.random.default_rng(0)
     sure = rng.uniform(size=(200, 50))
     right = rng.uniform(size=sure.shape) < sure
