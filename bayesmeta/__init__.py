@@ -5,6 +5,7 @@ from typing import Any
 
 from bayesmeta.data import families
 from bayesmeta.data.batch import Batch
+from bayesmeta.data.episodes import Episode, Source
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.fitting import Fit, fit, load
 from bayesmeta.hierarchy import likelihoods, priors
@@ -28,6 +29,7 @@ __all__ = [
     "ConditionalFit",
     "ConditionalModel",
     "ConditionalPrediction",
+    "Episode",
     "Fit",
     "HierarchicalModel",
     "Marginal",
@@ -35,6 +37,7 @@ __all__ = [
     "Optimizer",
     "Posterior",
     "Prediction",
+    "Source",
     "TaskGuide",
     "Tasks",
     "families",

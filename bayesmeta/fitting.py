@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayesmeta.data.episodes import Source, TaskSource
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity, read
 from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel
@@ -42,7 +43,7 @@ METHODS: dict[str, type[Any]] = {"amortized": Amortized, "marginal": Marginal, "
 @overload
 def fit(
     model: ConditionalModel,
-    tasks: Tasks,
+    tasks: Tasks | Source,
     *,
     method: str | Method = ...,
     seed: int = ...,
@@ -65,7 +66,7 @@ def fit(
 ) -> Fit: ...
 def fit(
     model: Any,
-    tasks: Tasks,
+    tasks: Any,
     *,
     method: str | Method = "amortized",
     seed: int = 0,
@@ -78,7 +79,7 @@ def fit(
 
     Args:
         model: Ordinary Pyro function of a `Batch`, a `HierarchicalModel`, or a `ConditionalModel` (no task parameters).
-        tasks: At least two tasks.
+        tasks: At least two `Tasks`; for a `ConditionalModel` also a `Source` that draws episodes without end.
         method: "amortized", "marginal" or "nuts", or options: `bm.Amortized(…)`, `bm.Marginal(…)`, `bm.NUTS(…)`;
             a `ConditionalModel` takes `bm.Amortized(optimizer=…)` alone.
         seed: Same seed, same machine: the same fit, bit by bit.
@@ -97,9 +98,10 @@ def fit(
     check_arguments(model, tasks, seed, device, dtype)
     if isinstance(model, ConditionalModel):
         _check_conditional(options, checkpoint)
+        source = TaskSource(tasks) if isinstance(tasks, Tasks) else tasks
         with seeded(seed):
             learner, history = fit_conditional(
-                model, tasks, optimizer=options.optimizer, seed=seed, dtype=dtype, progress=progress
+                model, source, optimizer=options.optimizer, seed=seed, dtype=dtype, progress=progress
             )
         return ConditionalFit(learner, tasks.schema, history, seed=seed, dtype=dtype)
     if hasattr(model, "check"):

@@ -167,3 +167,20 @@ def calibration_curve(values: np.ndarray, levels: Sequence[float] = LEVELS) -> n
 def calibration_error(values: np.ndarray, levels: Sequence[float] = LEVELS) -> float:
     """Root mean squared distance of the calibration curve from the diagonal; PIT values `(task, M)`."""
     return float(np.sqrt(np.square(calibration_curve(values, levels) - np.asarray(levels)).mean()))
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> float:
+    """Mean distance between how sure a classifier is and how often it is right, over bins of confidence by their share.
+
+    Args:
+        confidence: Probability of the predicted class, any shape.
+        correct: Whether that class is the true one, of the same shape.
+        bins: Equally wide bins of confidence.
+
+    References:
+        Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
+    """
+    confidence, correct = np.ravel(confidence).astype(float), np.ravel(correct).astype(float)
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, weights=confidence - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))

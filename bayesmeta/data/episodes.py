@@ -1,18 +1,21 @@
 """Episodes: a context and a target of the same tasks, as objectives that score held-out rows receive them.
 
-Here live the episode and its random drawing; which rows are context is decided in `ragged.py`, how they are
-padded in `tasks.py`.
+Here live the episode, its random drawing, and the protocol of what episodes are drawn from: tasks held in memory or
+endless sources (`families/`). Which rows are context is decided in `ragged.py`, how they are padded in `tasks.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.ragged import choose_rows, context_counts
+from bayesmeta.data.schema import Schema
 from bayesmeta.data.tasks import Tasks
 
 
@@ -27,6 +30,92 @@ class Episode:
 
     context: Batch
     target: Batch
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What episodes are drawn from, without end: `fit` of a `ConditionalModel` takes one in place of tasks."""
+
+    @property
+    def schema(self) -> Schema:
+        """Names, shapes and levels of the data."""
+
+    def draw(self, count: int, *, context: tuple[int, int], generator: torch.Generator) -> Episode:
+        """Draws an episode of `count` tasks, or of all if there are fewer.
+
+        Args:
+            count: Number of tasks.
+            context: Smallest and largest context that the learner asks for; not heeded where the source has sizes of
+                its own.
+            generator: Source of randomness, on the CPU.
+        """
+
+    def hold_out(self, share: float, *, fewest: int, seed: int) -> tuple[Source, Source | None]:
+        """Sets aside what training is to be stopped by.
+
+        Args:
+            share: How much of what is finite, tasks or classes, is set aside.
+            fewest: With fewer tasks nothing is set aside.
+            seed: Of the choice.
+
+        Returns:
+            (what to train on, what to stop by); a source whose draws never repeat may return itself twice.
+        """
+
+
+class TaskSource:
+    """Tasks held in memory as a source: each episode is a random choice of tasks, split at random.
+
+    Steps of training have one context size each, which halves the work where padding would be half of it; episodes of
+    tasks that are held out have a size for each task.
+    """
+
+    def __init__(self, tasks: Tasks, *, one_size: bool = True) -> None:
+        """Keeps the tasks that have rows.
+
+        Args:
+            tasks: Tasks.
+            one_size: Whether all tasks of an episode have contexts of one size.
+
+        Raises:
+            ValueError: If none has.
+        """
+        filled = np.flatnonzero(tasks.sizes > 0)
+        if not len(filled):
+            raise ValueError("fit: no task has rows; expected tasks with labels to score")
+        self.tasks, self._one_size = tasks[filled], one_size
+
+    @property
+    def schema(self) -> Schema:
+        """Names, shapes and levels of the data."""
+        return self.tasks.schema
+
+    def draw(self, count: int, *, context: tuple[int, int], generator: torch.Generator) -> Episode:
+        """Draws an episode of `count` distinct tasks, or of all if there are fewer; see `draw_episode`."""
+        chosen = draw_tasks(self.tasks, count, generator)
+        return draw_episode(self.tasks, chosen, context=context, generator=generator, one_size=self._one_size)
+
+    def hold_out(self, share: float, *, fewest: int, seed: int) -> tuple[TaskSource, TaskSource | None]:
+        """Sets aside a share of the tasks, if there are at least `fewest`."""
+        if len(self.tasks) < fewest:
+            return self, None
+        known, held_out = self.tasks.split(new=share, seed=seed)
+        return TaskSource(known), TaskSource(held_out, one_size=False)
+
+
+def full_batch(x: Tensor, y: Tensor, schema: Schema) -> Batch:
+    """Makes a batch of tasks that all have N labelled rows and no columns, without a detour over `Tasks`.
+
+    Args:
+        x: Inputs `(T, N, *dx)`.
+        y: Labels `(T, N, *dy)`.
+        schema: Of the tasks that are drawn from.
+    """
+    tasks, rows = y.shape[:2]
+    mask = torch.ones(tasks, rows, dtype=torch.bool)
+    tensors = {"x": x, "y": y, "observed": torch.ones_like(y, dtype=torch.bool)}
+    tensors |= {"mask": mask, "n": torch.full((tasks,), rows)}
+    return Batch(tensors, tuple(str(position) for position in range(tasks)), schema)
 
 
 def split_rows(tasks: Tasks, context: int | float, generator: torch.Generator) -> tuple[Tasks, Tasks]:

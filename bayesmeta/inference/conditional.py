@@ -11,12 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bayesmeta.data.episodes import Episode, draw_episode, draw_tasks
-from bayesmeta.data.tasks import Tasks
+from bayesmeta.data.episodes import Episode, Source
 from bayesmeta.hierarchy.model import ConditionalModel
 from bayesmeta.hierarchy.recording import Captured, model_context
 from bayesmeta.hierarchy.tracing import cast_observed
@@ -55,29 +53,26 @@ CONDITIONAL_OBJECTIVES: dict[str, ConditionalObjective] = {"predictive": predict
 
 
 def fit_conditional(
-    model: ConditionalModel, tasks: Tasks, *, optimizer: Optimizer, seed: int, dtype: torch.dtype, progress: bool
+    model: ConditionalModel, source: Source, *, optimizer: Optimizer, seed: int, dtype: torch.dtype, progress: bool
 ) -> tuple[ConditionalModel, History]:
     """Trains a copy of a conditional model's module.
 
     Args:
         model: The model; its module stays as it is.
-        tasks: Training tasks; a tenth of at least 20 is held out to stop by.
+        source: What episodes are drawn from; a tenth of at least 20 tasks, or of a source's classes, is held out to
+            stop by.
         optimizer: Steps, batch size and learning rate.
         seed: Of the episodes.
         dtype: Floating dtype of a module without parameters; any other is called in its own.
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: No task has rows, the objective is unknown, or the loss is not finite.
+        ValueError: The objective is unknown, or the loss is not finite.
     """
     objective = _objective(model)
-    filled = np.flatnonzero(tasks.sizes > 0)
-    if not len(filled):
-        raise ValueError("fit: no task has rows; expected tasks with labels to score")
-    tasks = tasks[filled]
     learner = ConditionalModel(copy.deepcopy(model.module), objective=model.objective, context=model.context)
     with model_context(module_dtype(learner, dtype)):
-        return learner, _Training(learner, objective, tasks, optimizer, seed).run(progress)
+        return learner, _Training(learner, objective, source, optimizer, seed).run(progress)
 
 
 def module_dtype(learner: ConditionalModel, otherwise: torch.dtype) -> torch.dtype:
@@ -98,17 +93,20 @@ def _objective(model: ConditionalModel) -> ConditionalObjective:
 
 
 class _Training:
-    """One run: random episodes of the training tasks, and the best state on those of the held-out ones."""
+    """One run: random episodes of a source, and the best state on those of what is held out."""
 
     def __init__(
-        self, learner: ConditionalModel, objective: ConditionalObjective, tasks: Tasks, optimizer: Optimizer, seed: int
+        self,
+        learner: ConditionalModel,
+        objective: ConditionalObjective,
+        source: Source,
+        optimizer: Optimizer,
+        seed: int,
     ) -> None:
         self._learner, self._objective, self._optimizer = learner, objective, optimizer
         self._generator = torch.Generator().manual_seed(seed)
-        self._tasks, self._held_out = tasks, []
-        if len(tasks) >= FEWEST_TO_HOLD_OUT:
-            self._tasks, held_out = tasks.split(new=HELD_OUT, seed=seed)
-            self._held_out = [self._episode(held_out, one_size=False) for _ in range(HELD_OUT_EPISODES)]
+        self._source, held_out = source.hold_out(HELD_OUT, fewest=FEWEST_TO_HOLD_OUT, seed=seed)
+        self._held_out = [] if held_out is None else [self._episode(held_out) for _ in range(HELD_OUT_EPISODES)]
         self._best, self._before, self._steps = -math.inf, -math.inf, 0
         self._state: dict[str, Tensor] = {}
 
@@ -131,18 +129,16 @@ class _Training:
             self._learner.module.requires_grad_(False).eval()
         return history
 
-    def _episode(self, tasks: Tasks, *, one_size: bool = True) -> Episode:
-        """Steps have one context size each, which halves the work where padding would be half of it."""
-        index = draw_tasks(tasks, self._optimizer.batch_tasks, self._generator)
-        sizes = self._learner.context
-        episode = draw_episode(tasks, index, context=sizes, generator=self._generator, one_size=one_size)
+    def _episode(self, source: Source) -> Episode:
+        count = self._optimizer.batch_tasks
+        episode = source.draw(count, context=self._learner.context, generator=self._generator)
         dtype = torch.get_default_dtype()
         return Episode(episode.context.to(dtype=dtype), episode.target.to(dtype=dtype))
 
     def _trainable(self) -> Sequence[nn.Parameter]:
         """Calls the module once, which shows wrong shapes and lazy parameters, and returns what is to be trained."""
         module, captured = self._learner.module, Captured({}, torch.get_default_dtype())
-        episode = self._episode(self._tasks)
+        episode = self._episode(self._source)
         with torch.no_grad():
             if isinstance(module, nn.Module):
                 self._learner(episode.context, episode.target.x)
@@ -161,7 +157,7 @@ class _Training:
             self._check()
         self._steps += 1
         _set_mode(self._learner, training=True)
-        episode = self._episode(self._tasks)
+        episode = self._episode(self._source)
         loss, info = self._objective(self._learner, episode)
         if not bool(torch.isfinite(loss)):
             raise ValueError(_not_finite(episode, info))

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bayesmeta.data.episodes import Source
 from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.model import ConditionalModel
 
 DTYPES = (torch.float64, torch.float32)
 
@@ -81,12 +83,23 @@ def check_arguments(model: Any, tasks: Any, seed: Any, device: str, dtype: torch
         ValueError: With what was expected, what came and the cure.
     """
     check_model(model)
-    check_tasks("fit", tasks)
+    _check_training(model, tasks)
     check_whole("seed", seed, 0)
     if device != "cpu":
         raise ValueError(f"device must be 'cpu', got {device!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype!r}")
+
+
+def _check_training(model: Any, tasks: Any) -> None:
+    if isinstance(tasks, Source):
+        if isinstance(model, ConditionalModel):
+            return
+        raise ValueError(
+            f"fit: a model with task parameters keeps the tasks that it learned from; expected Tasks, got the endless "
+            f"source {type(tasks).__name__}; draw some from it, or fit a ConditionalModel"
+        )
+    check_tasks("fit", tasks)
     if len(tasks) < 2:
         raise ValueError(
             f"fit needs at least two tasks to learn what they share, got {len(tasks)}; with one task, fix the shared "

@@ -102,3 +102,15 @@ def test_rows_of_a_task_hang_together() -> None:
     ragged = np.array([[1.0, 2.0], [4.0, np.nan]])
     mean, error = metrics.clustered_mean(ragged)
     assert mean == pytest.approx(7 / 3) and error == pytest.approx(np.sqrt(2 * 2 * (5 / 3) ** 2) / 3)
+
+
+def test_expected_calibration_error() -> None:
+    """By hand in two bins, the last one with confidence 1; near its chance value where confidence is right."""
+    confidence, correct = np.array([0.1, 0.3, 0.9, 1.0]), np.array([True, False, True, False])
+    assert metrics.expected_calibration_error(confidence, correct, bins=2) == pytest.approx((0.6 + 0.9) / 4)
+    rng = np.random.default_rng(0)
+    sure = rng.uniform(size=(200, 50))
+    right = rng.uniform(size=sure.shape) < sure
+    chance = 15 * math.sqrt(2 / math.pi * 1 / 6 * sure.size / 15) / sure.size
+    assert metrics.expected_calibration_error(sure, right) < 2 * chance
+    assert metrics.expected_calibration_error(sure, right[::-1]) > 0.2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayesmeta.data.episodes import Episode, draw_episode, draw_tasks, split_rows
+from bayesmeta.data.episodes import Episode, Source, TaskSource, draw_episode, draw_tasks, full_batch, split_rows
 from bayesmeta.data.tasks import Tasks
 
 
@@ -67,3 +67,31 @@ def test_rows_pad_both_sides() -> None:
 def test_wrong_sizes(context: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="context: expected sizes .* with 0 <= lo <= hi"):
         draw_episode(make((3,)), 0, context=context, generator=seeded())
+
+
+def test_tasks_are_a_source_of_those_with_rows() -> None:
+    source = TaskSource(make((5, 0, 4, 3)))
+    assert isinstance(source, Source) and not isinstance(source.tasks, Source)
+    episode = source.draw(2, context=(1, 2), generator=seeded())
+    assert set(source.draw(99, context=(1, 2), generator=seeded()).target.names) == {"0", "2", "3"}
+    assert len(episode.target.names) == 2 and set(episode.context.n.tolist()) <= {1, 2}
+    assert episode.context.schema == source.schema
+    with pytest.raises(ValueError, match="no task has rows"):
+        TaskSource(make((0, 0)))
+
+
+def test_tasks_are_held_out_where_there_are_enough() -> None:
+    source = TaskSource(make((2,) * 20))
+    known, held_out = source.hold_out(0.1, fewest=20, seed=0)
+    assert held_out is not None and (len(known.tasks), len(held_out.tasks)) == (18, 2)
+    assert set(known.tasks.names) | set(held_out.tasks.names) == set(source.tasks.names)
+    assert source.hold_out(0.1, fewest=21, seed=0) == (source, None)
+
+
+def test_full_batches_are_those_of_tasks() -> None:
+    x, y = torch.randn(3, 4, 2, dtype=torch.float64), torch.arange(12).reshape(3, 4)
+    expected = Tasks.from_arrays(list(x), list(y)).batch(slice(None))
+    found = full_batch(x, y, expected.schema)
+    assert found.names == expected.names and found.tensors.keys() == expected.tensors.keys()
+    for name, value in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[name], value)

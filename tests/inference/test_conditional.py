@@ -13,8 +13,8 @@ from torch.distributions import Distribution, Normal
 
 import bayesmeta as bm
 from bayesmeta.data.batch import Batch
-from bayesmeta.data.episodes import Episode
-from bayesmeta.inference.conditional import FEWEST_TO_HOLD_OUT, predictive
+from bayesmeta.data.episodes import Episode, full_batch
+from bayesmeta.inference.conditional import FEWEST_TO_HOLD_OUT, HELD_OUT_EPISODES, predictive
 
 
 class Constant(nn.Module):
@@ -161,3 +161,40 @@ def test_tasks_without_any_row_are_refused() -> None:
     tasks, _ = table(3).context_target(context=0, seed=0)
     with pytest.raises(ValueError, match="no task has rows"):
         bm.fit(bm.ConditionalModel(Constant()), tasks, progress=False)
+
+
+class Normals:
+    """An endless source: N(mean, 0.5²) rows, never twice the same; notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.schema = table(2).schema
+        self.asked: list[tuple[int, tuple[int, int]]] = []
+        self.held_out = 0
+
+    def draw(self, count: int, *, context: tuple[int, int], generator: torch.Generator) -> Episode:
+        self.asked.append((count, context))
+        y = 3.0 + 0.5 * torch.randn(count, 6, generator=generator, dtype=torch.float64)
+        x = y.new_zeros(count, 6, 0)
+        return Episode(full_batch(x[:, :2], y[:, :2], self.schema), full_batch(x[:, 2:], y[:, 2:], self.schema))
+
+    def hold_out(self, share: float, *, fewest: int, seed: int) -> tuple[Normals, Normals]:
+        self.held_out += 1
+        return self, self
+
+
+def test_episodes_come_from_an_endless_source() -> None:
+    source = Normals()
+    options = bm.Amortized(optimizer=bm.Optimizer(steps=300, batch_tasks=16, lr=0.05))
+    fit = bm.fit(bm.ConditionalModel(Constant(), context=(1, 3)), source, method=options, progress=False)
+    assert source.asked == [(16, (1, 3))] * (HELD_OUT_EPISODES + 1 + 300) and source.held_out == 1
+    learned = fit.modules["module"]
+    error = 0.5 / math.sqrt(HELD_OUT_EPISODES * 16 * 4)  # the state is chosen by the held-out episodes
+    assert abs(float(learned.loc) - 3.0) < 4 * error
+    assert abs(float(learned.log_scale) - math.log(0.5)) < 4 * error / 0.5
+    assert fit.predict(table(3), np.zeros((2, 0)), draws=4).draws.shape == (4, 3, 2)
+    assert not math.isnan(fit.history.stages[-1]["held_out"])
+
+
+def test_a_model_with_task_parameters_refuses_a_source() -> None:
+    with pytest.raises(ValueError, match="expected Tasks, got the endless source Normals; draw some from it"):
+        bm.fit(lambda batch: None, Normals(), progress=False)

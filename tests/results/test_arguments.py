@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from bayesmeta.data.episodes import TaskSource
 from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.model import ConditionalModel
 from bayesmeta.results.arguments import check_arguments, check_choice, check_model, check_tasks, check_whole, numbers
 
 TASKS = Tasks.from_arrays(None, [np.zeros(2), np.ones(1)])
@@ -35,3 +37,9 @@ def test_numbers_of_shared_sites() -> None:
     for value in ([[1.0], [1.0, 2.0]], {}, "high"):
         with pytest.raises(ValueError, match="shared: 'mu' must be numbers in the shape of the site"):
             numbers({"mu": value})
+
+
+def test_only_conditional_models_take_endless_sources() -> None:
+    check_arguments(ConditionalModel(print), TaskSource(TASKS), 0, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="expected Tasks, got the endless source TaskSource; draw some from it"):
+        check_arguments(print, TaskSource(TASKS), 0, "cpu", torch.float32)
