@@ -69,12 +69,9 @@ def main(*, count: int = 300, new: int = 200, steps: int | None = 1000, progress
     batch = context.batch(slice(None))
     exact = family.kind_probability(batch).numpy()
     post = fit.posterior(context, draws=400)
-    shared = {name: torch.as_tensor(post.shared[name]) for name in ("sigma", "share")}
-    chance = [
-        is_sinusoid(torch.as_tensor(phi).unsqueeze(1), {name: values[s] for name, values in shared.items()}, batch)
-        for s, phi in enumerate(post.draws("phi"))
-    ]
-    found = torch.stack(chance).mean(0)[:, 0].numpy()
+    shared = {name: torch.as_tensor(fit.shared.mean(name)) for name in ("sigma", "share")}
+    draws = torch.as_tensor(post.draws("phi")).unsqueeze(2)
+    found = torch.stack([is_sinusoid(phi, shared, batch)[:, 0] for phi in draws]).mean(0).numpy()
     ambiguous = (exact > 0.1) & (exact < 0.9)
     kept = (found > 0.05) & (found < 0.95)
     print(

@@ -126,3 +126,33 @@ def test_task_clusters() -> None:
     found = load("task_clusters").main(rows=14, folds=2, draws=200, picture=None)
     assert found["within"] > 0.8 and found["between"] < -0.5
     assert found["gain"] > 3 * found["error"] and found["pooling"] < 0
+
+
+def test_bayesian_optimisation() -> None:
+    """The learned prior finds better ones than chance and than its first guess."""
+    found = load("bayesian_optimisation").main(new=20, places=60, budget=5, draws=200)
+    assert found["learned prior"] < 0.7 * found["random places"]
+    assert found["learned prior"] < 0.7 * found["its first guess alone"]
+
+
+def test_next_dose() -> None:
+    found = load("next_dose").main(count=100, new=60, trials=4, steps=400, progress=False)
+    assert found["chosen"] < 0.8 * found["random"]
+    assert found["random"] < found["before"]
+
+
+def test_information_is_that_of_two_coins() -> None:
+    """Chances 0 and 1 tell all there is, log 2; equal chances nothing."""
+    import types
+
+    draws = np.array([[[0.0, 0.3]], [[1.0, 0.3]]])
+    prediction = types.SimpleNamespace(draws=draws)
+    post: Any = types.SimpleNamespace(predict=lambda x, kind: prediction)
+    np.testing.assert_allclose(load("next_dose").information(post), [[np.log(2), 0.0]], atol=1e-12)
+
+
+def test_sinusoid_or_line() -> None:
+    found = load("sinusoid_or_line").main(count=200, new=60, steps=600, progress=False)
+    assert found["ambiguous"] >= 5
+    assert found["kept"] >= 0.8
+    assert found["error"] < 0.2
