@@ -233,7 +233,7 @@ class TaskDensity:
             return pick(trace, latents)
 
         context = functools.partial(model_context, self.dtype)
-        return Recorded(function, context=context, random=random or outcome == "sample", vary=vary)
+        return Recorded(function, context=context, random=random, vary=vary, strict=random or outcome != "score")
 
     def _task_values(self, trace: Trace) -> dict[str, Tensor]:
         """Task sites and deterministic values `(T, *event)`, without the row dimension."""

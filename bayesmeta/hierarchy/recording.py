@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.derivatives import Prepared, curvature, record, traced, value_and_gradient
-from bayesmeta.hierarchy.factoring import factor_anything
+from bayesmeta.hierarchy.factoring import factor_anything, unchecked
 from bayesmeta.hierarchy.random_graphs import check_noise, independent_fills
 from bayesmeta.hierarchy.rewriting import looked_up
 from bayesmeta.hierarchy.simplify import simplify
@@ -111,8 +111,8 @@ def signature(leaves: list[Any]) -> tuple[Any, ...]:
     return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
-def _trace(flat: TensorFunction, examples: list[Tensor]) -> torch.fx.GraphModule:
-    table = independent_fills()
+def _trace(flat: TensorFunction, examples: list[Tensor], *, strict: bool) -> torch.fx.GraphModule:
+    table = independent_fills() if strict else independent_fills() | unchecked()
     try:
         return traced(functionalize(flat, remove="mutations"), examples, table)
     except RuntimeError:  # functionalize refuses autograd functions, such as Dirichlet's draws
@@ -177,6 +177,7 @@ class Recorded:
         context: Makes the context in which `function` runs.
         random: The function draws random numbers, so a graph cannot be checked by its values.
         vary: How many leading arguments a check may move to other points (the others are data).
+        strict: A matrix without a Cholesky factor is an error in graphs too; otherwise a density is 0 there.
 
     `status` says per signature whether the graph is used ("recorded") or why not.
     """
@@ -188,11 +189,13 @@ class Recorded:
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         random: bool = False,
         vary: int = 2,
+        strict: bool = False,
     ) -> None:
         self._function = function
         self._context = context
         self._random = random
         self._vary = vary
+        self._strict = strict
         self._graphs: dict[Any, TensorFunction] = {}
         self._mapped: dict[Any, TensorFunction] = {}
         self._gradients: dict[Any, tuple[TensorFunction, pytree.TreeSpec]] = {}
@@ -360,9 +363,10 @@ class Recorded:
         try:
             examples = [leaf.detach() for leaf in leaves]
             with seeded(0), self._context():
-                graph = _trace(flat, examples)
+                graph = _trace(flat, examples, strict=self._strict)
             _pin_dtypes(graph)
-            factor_anything(graph)
+            if not self._strict:
+                factor_anything(graph)
             simplify(graph)
             moving = len(pytree.tree_leaves(pytree.tree_unflatten(leaves, spec)[: self._vary]))
             agrees = self._random or self._agrees(flat, graph, examples, moving)
@@ -381,7 +385,15 @@ class Recorded:
         with seeded(1), torch.no_grad():
             for step in (0.1, -0.2):
                 point = [e + step * torch.rand_like(e) for e in examples[:moving]] + examples[moving:]
-                pairs = zip(pytree.tree_leaves(flat(*point)), pytree.tree_leaves(graph(*point)), strict=True)
-                if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True) for a, b in pairs):
+                if not _same(functools.partial(flat, *point), pytree.tree_leaves(graph(*point))):
                     return False
         return True
+
+
+def _same(function: Callable[[], Any], found: list[Tensor]) -> bool:
+    """Whether a function gives these numbers; where it fails for want of a Cholesky factor some must not be finite."""
+    try:
+        pairs = zip(pytree.tree_leaves(function()), found, strict=True)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return not all(bool(leaf.isfinite().all()) for leaf in found)
+    return all(torch.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True) for a, b in pairs)

@@ -300,10 +300,17 @@ def _not_finite(density: TaskDensity, context: Context, info: Any) -> str:
 
 def _not_finite_at(density: TaskDensity, context: Context, theta: Tensor, noise: Tensor, at: Tensor) -> str:
     draw, task = (int(i) for i in at)
-    terms = density.terms(context.batch, theta[draw], noise[draw])
-    sites = [name for name, values in terms.items() if not torch.isfinite(values[task])]
+    name = context.batch.names[task]
+    try:
+        terms = density.terms(context.batch, theta[draw], noise[draw])
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return (
+            f"the log density of task {name!r} is not finite, a covariance has no Cholesky factor; training has "
+            "stopped. Add a little to its diagonal, or take a narrower prior for what it is computed from"
+        )
+    sites = [site for site, values in terms.items() if not torch.isfinite(values[task])]
     return (
-        f"the log density of task {context.batch.names[task]!r} is not finite at site(s) {sites or list(terms)}; "
+        f"the log density of task {name!r} is not finite at site(s) {sites or list(terms)}; "
         "training has stopped. Check that the data lie inside the likelihood's support and that no scale can become "
         "0 or inf"
     )

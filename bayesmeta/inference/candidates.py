@@ -33,7 +33,7 @@ class Candidates:
 
     Attributes:
         noise: Whitened draws `(S, T, d)`.
-        log_weight: log p(φ_i, D_i | θ_s) − log proposal, `(S, T)`.
+        log_weight: log p(φ_i, D_i | θ_s) − log proposal, `(S, T)`; -∞ where that is no number.
     """
 
     noise: Tensor
@@ -53,7 +53,8 @@ def propose(density: TaskDensity, guides: Guides, context: Context, theta: Tenso
     light, heavy = _log_probs(posterior, noise)
     log_guide = torch.logaddexp(light + math.log(SHARES["guide"]), heavy + math.log(SHARES["heavy"]))
     log_proposal = torch.logaddexp(log_guide, log_prior + math.log(SHARES["prior"]))
-    return Candidates(noise, log_prior + log_likelihood - log_proposal)
+    log_weight = log_prior + log_likelihood - log_proposal
+    return Candidates(noise, torch.where(log_weight.isnan(), -math.inf, log_weight))
 
 
 def _mixed(posterior: TaskPosterior, heavy: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def candidates(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor
     noise, log_weight = sweep(
         density, guides, tasks, theta, lambda context, part: _pair(propose(density, guides, context, part))
     )
-    return Candidates(noise, log_weight)
+    return Candidates(noise, torch.where(log_weight.isnan(), -math.inf, log_weight))
 
 
 def guide_draws(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> Tensor:

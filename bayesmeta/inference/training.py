@@ -83,6 +83,9 @@ def train(
         progress: Whether to show a bar with the bound, the diagnostic and the time left.
         history: Stages that an earlier run has finished; training goes on after them.
         finished: Called after every stage with all that training went through so far.
+
+    Raises:
+        ValueError: Something that is trained is not finite at the end of a stage.
     """
     history = History() if history is None else history
     behind = len(history.stages)
@@ -119,6 +122,11 @@ def _run_stage(
         value.backward()
         adam.step()
         report(step, -float(value.detach()))
+    if not all(bool(parameter.isfinite().all()) for group in adam.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "what is trained is not finite after the last step of a stage, a gradient was not: training has stopped. "
+            "Check for slopes of the model that are infinite, as that of sqrt at 0, or lower lr"
+        )
     return report.bound()
 
 

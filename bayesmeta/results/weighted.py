@@ -11,10 +11,14 @@ import numpy as np
 
 
 def _flat(values: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights `(K, L)` and values `(K, L, E)` whose products are sums over K."""
+    """Weights `(K, L)` and values `(K, L, E)` whose products are sums over K; without weight they may be no numbers."""
     weight = np.exp(log_weight - log_weight.max(0))
     weight = (weight / weight.sum(0)).reshape(len(weight), -1)
-    return weight, values.reshape(*weight.shape, -1)
+    flat = values.reshape(*weight.shape, -1)
+    nothing = (weight == 0)[..., None] & ~np.isfinite(flat)
+    if nothing.any():
+        flat = np.where(nothing, np.take_along_axis(flat, weight.argmax(0)[None, :, None], 0), flat)
+    return weight, flat
 
 
 def weighted_mean(values: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
@@ -39,7 +43,9 @@ def weighted_quantile(values: np.ndarray, log_weight: np.ndarray, q: float | Seq
     levels = np.asarray(q, dtype=float)
     if ((levels < 0) | (levels > 1)).any() or np.isnan(levels).any():
         raise ValueError(f"quantile levels must lie in [0, 1], got {q}")
-    weight = _flat(values, log_weight)[0].reshape(log_weight.shape + (1,) * (values.ndim - log_weight.ndim))
+    weight, flat = _flat(values, log_weight)
+    values = flat.reshape(values.shape)
+    weight = weight.reshape(log_weight.shape + (1,) * (values.ndim - log_weight.ndim))
     weight = np.broadcast_to(weight, values.shape)
     order = np.argsort(values, 0)
     ordered = np.take_along_axis(values, order, 0)

@@ -192,6 +192,21 @@ def test_a_loss_that_is_not_finite_names_the_site_and_the_task() -> None:
         learn(tasks, model, steps=5)
 
 
+def test_a_covariance_without_a_factor_is_told() -> None:
+    """Beyond 0.3 it is no correlation any more; the prior of `alike` goes far beyond."""
+
+    def model(batch: Batch) -> None:
+        alike = pyro.sample("alike", dist.Normal(0.0, 1.0))
+        with batch.tasks():
+            covariance = torch.eye(2) + (alike - 0.3).exp() * (1 - torch.eye(2))
+            phi = pyro.sample("phi", dist.MultivariateNormal(torch.zeros(2), covariance))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(phi.sum(-1), SIGMA), obs=batch.y)
+
+    with pytest.raises(ValueError, match="is not finite, a covariance has no Cholesky factor; training has stopped"):
+        learn(Tasks.from_arrays(None, [np.array([3.0, 4.0]), np.array([-4.0, -3.0])] * 3), model, steps=600)
+
+
 def test_an_objective_that_is_not_finite_is_told_from_the_model() -> None:
     def broken(density: Any, guides: Guides, step: Any) -> Any:
         loss, info = elbo(density, guides, step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyro
@@ -10,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conjugate import ROWS, SIGMA, TAU, ExactGuide, conditional, evidence, exact_guides, make_tasks, setting
-from scipy.stats import kstest
+from scipy.stats import kstest, norm
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.hierarchy.density import TaskDensity
@@ -48,6 +50,23 @@ def test_weights_average_to_the_evidence_and_weigh_the_posterior(shift: float, w
     for power, truth in ((1, 0.0), (2, 1.0)):
         terms = relative * (off**power - truth)
         assert (np.abs(terms.mean(0)) < 4 * terms.std(0) / math.sqrt(draws)).all()
+
+
+def test_a_density_that_is_no_number_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evidence of a θ is that of its other candidates: here the integral up to φ = mu + τ."""
+    density, guides, tasks = setting(ROWS)
+    whole = density.log_parts
+
+    def half(theta: torch.Tensor, noise: torch.Tensor, *others: Any, **options: Any) -> Any:
+        prior, likelihood = whole.mapped(theta, noise, *others, **options)
+        return prior, torch.where(noise[..., 0] > 1, torch.nan, likelihood)
+
+    monkeypatch.setattr(density, "log_parts", SimpleNamespace(mapped=half))
+    per_theta, repeats = 500, 20
+    found = log_evidence(density, guides, tasks, at(MU, repeats), per_theta=per_theta).numpy()
+    mean, sd = conditional(ROWS, MU)
+    truth = evidence(ROWS, MU) + norm.logcdf((MU + TAU - mean) / sd)
+    assert (np.abs(found.mean(0) - truth) < 4 * found.std(0) / math.sqrt(repeats) + 1 / per_theta).all()
 
 
 def test_every_part_of_the_mixture_is_drawn() -> None:

@@ -46,6 +46,13 @@ def test_finds_the_minimum_and_reports_the_bound() -> None:
     assert all(math.isnan(record["ess"]) for record in history.steps)
 
 
+def test_a_slope_that_is_no_number_in_the_last_step_is_an_error() -> None:
+    """The next step would have had a loss that is no number; after the last one nobody looks."""
+    point = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="not finite after the last step of a stage"):
+        run(point, lambda: (point * 0).abs().sqrt().sum(), optimizer=Optimizer(steps=1))
+
+
 def test_stops_at_the_stage_that_is_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bayesmeta.inference.training.STAGES", (4, 6, 8))
     point = nn.Parameter(torch.zeros(1))

@@ -62,3 +62,14 @@ def test_draws_without_weight_do_not_count() -> None:
 def test_levels_outside_zero_and_one_are_an_error(q: float) -> None:
     with pytest.raises(ValueError, match=r"quantile levels must lie in \[0, 1\], got"):
         weighted_quantile(np.zeros(3), np.zeros(3), q)
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
+def test_a_draw_without_weight_need_not_be_a_number(spoilt: float) -> None:
+    generator = np.random.default_rng(4)
+    values, log_weight = generator.normal(size=(20, 2, 3)), generator.normal(size=(20, 2))
+    more = np.concatenate([values, np.full((1, 2, 3), spoilt)])
+    nothing = np.concatenate([log_weight, np.full((1, 2), -1e100)])
+    for reduce in (weighted_mean, weighted_sd, lambda v, w: weighted_quantile(v, w, [0.1, 0.9])):
+        np.testing.assert_allclose(reduce(more, nothing), reduce(values, log_weight))
+    assert not np.isfinite(weighted_mean(more, np.zeros((21, 2)))).any()
