@@ -168,9 +168,8 @@ class Multitask(bm.HierarchicalModel):
             raise ValueError("plot_scales: expected a prior that learns its scales, got one of fixed scale")
         shared = {name: _tensor(fit.shared.draws(name)) for name in self.sharing.shared}
         draws = self.sharing.learned_scales(shared).numpy()
-        blocks = self.sharing.blocks.all
-        each = [f"{b.name} {i}" if b.size > 1 else b.name for b in blocks for i in range(b.size)]
-        names = [b.name for b in blocks] if draws.shape[1] == len(blocks) else each
+        blocks = self.sharing.blocks
+        names = [b.name for b in blocks.all] if draws.shape[1] == len(blocks.all) else blocks.names
         return _saved(bm.checks.sharing_pictures.scales(names, draws), path)
 
     def __repr__(self) -> str:

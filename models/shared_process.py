@@ -70,6 +70,12 @@ def build(tasks: bm.Tasks, *, kernel: str | None = None) -> bm.ConditionalModel:
     Raises:
         ValueError: The kernel is unknown, or the tasks do not fit.
     """
+    _check(tasks, kernel)
+    found = [SharedProcess(tasks, name).learned() for name in ([kernel] if kernel else KERNELS)]
+    return bm.ConditionalModel(max(found, key=lambda module: float(module.log_evidence())))
+
+
+def _check(tasks: bm.Tasks, kernel: str | None) -> None:
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"shared_process: expected kernel as one of {sorted(KERNELS)} or None, got {kernel!r}")
     shaped = tasks.y.dim() == 1 and tasks.x.dim() == 2 and tasks.x.shape[1] > 0
@@ -78,8 +84,6 @@ def build(tasks: bm.Tasks, *, kernel: str | None = None) -> bm.ConditionalModel:
             f"shared_process: expected 2 to {MOST_ROWS} rows with inputs (row, d) and one label each, none missing, "
             f"got x {tuple(tasks.x.shape)} and y {tuple(tasks.y.shape)}; take fewer tasks, or another model"
         )
-    found = [SharedProcess(tasks, name).learned() for name in ([kernel] if kernel else KERNELS)]
-    return bm.ConditionalModel(max(found, key=lambda module: float(module.log_evidence())))
 
 
 class SharedProcess(nn.Module):

@@ -122,12 +122,16 @@ def _run_stage(
         value.backward()
         adam.step()
         report(step, -float(value.detach()))
-    if not all(bool(parameter.isfinite().all()) for group in adam.param_groups for parameter in group["params"]):
+    _check_finite(groups)
+    return report.bound()
+
+
+def _check_finite(groups: Sequence[dict[str, Any]]) -> None:
+    if not all(bool(parameter.isfinite().all()) for group in groups for parameter in group["params"]):
         raise ValueError(
             "what is trained is not finite after the last step of a stage, a gradient was not: training has stopped. "
             "Check for slopes of the model that are infinite, as that of sqrt at 0, or lower lr"
         )
-    return report.bound()
 
 
 class _Report:

@@ -59,6 +59,11 @@ class Blocks:
         return sum(block.size for block in self.all if block.centre is None)
 
     @property
+    def names(self) -> list[str]:
+        """A name for each number: that of its block, and its place there."""
+        return [f"{b.name} {i}" if b.size > 1 else b.name for b in self.all for i in range(b.size)]
+
+    @property
     def index(self) -> Tensor:
         """For each number its block, int64 `(d,)`."""
         return torch.arange(len(self.all)).repeat_interleave(torch.tensor([block.size for block in self.all]))

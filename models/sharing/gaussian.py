@@ -64,6 +64,11 @@ class Gaussian(Sharing):
                     'Gaussian: spread pools learned scales; expected by="coordinate" and scale=None with it'
                 )
 
+    def _check_pooled(self, spread: float) -> None:
+        positive(self, spread=spread)
+        if self.by != "coordinate" or self.scale is not None:
+            raise ValueError('Gaussian: spread pools learned scales; expected by="coordinate" and scale=None with it')
+
     def _refuse_correlations(self) -> None:
         if self.scale == 0:
             raise ValueError('Gaussian: scale=0 is hard sharing, which has no correlations; use cov="diag"')

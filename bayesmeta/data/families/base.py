@@ -204,14 +204,21 @@ def draw_sizes(rows: Sizes, n: int, generator: torch.Generator) -> Tensor:
     """
     if isinstance(rows, tuple) and len(rows) == 2 and _in_order(rows):
         return torch.randint(rows[0], rows[1] + 1, (n,), generator=generator)
-    listed = [rows] * n if np.ndim(rows) == 0 else [] if isinstance(rows, tuple) else rows
-    counts = [whole(count) for count in listed]  # type: ignore[union-attr]
+    counts = _counts(rows, n)
     if len(counts) != n or any(count is None or count < 0 for count in counts):
         raise ValueError(
             f"rows: expected a number of rows, a range (smallest, largest), or a list of {n} numbers, one a task, got "
             f"{rows!r}"
         )
     return torch.tensor(counts, dtype=torch.int64)
+
+
+def _counts(rows: Sizes, n: int) -> list[int | None]:
+    """One number for all, or a list; a tuple is a range and none of these."""
+    if isinstance(rows, tuple):
+        return []
+    listed = [rows] * n if isinstance(rows, int) or np.ndim(rows) == 0 else rows
+    return [whole(count) for count in listed]
 
 
 def _in_order(rows: tuple[int, int]) -> bool:

@@ -128,7 +128,9 @@ def test_labels_outside_the_support_are_refused(output: Output, bad: int) -> Non
 
 
 def test_a_missing_label_is_not_refused() -> None:
-    Bernoulli().check(bm.Tasks.from_arrays(None, [[0.0, np.nan], [1.0]], missing="mask"))
+    tasks = bm.Tasks.from_arrays(None, [[0.0, np.nan], [1.0]], missing="mask")
+    Bernoulli().check(tasks)
+    assert tasks.observed.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("make", [lambda: NormalMixture(0), lambda: Categorical(1), lambda: Categorical(2.0)])  # type: ignore[arg-type, return-value]
