@@ -145,16 +145,16 @@ class Table:
 
     def picture(self) -> Figure:
         """Log scores below the oracle, errors of means, and calibration of every line."""
-        shown = [row for row in self.rows if row.scores is not None]
+        shown = [(row, row.scores) for row in self.rows if row.scores is not None]
         figure, (left, middle, right) = panels(3, width=5.4, height=1.9 + 0.42 * max(6, len(shown)))
         place = np.arange(len(shown))[::-1]
         self._draw_scores(left, shown, place)
-        left.set_yticks(place, [row.name for row in shown], fontsize=FONT - 1)
+        left.set_yticks(place, [row.name for row, _ in shown], fontsize=FONT - 1)
         middle.set_yticks(place, [""] * len(shown))
-        for k, row in enumerate(shown):
-            middle.plot(row.scores.rmse()[0], place[k], "o", markersize=8, **_style(row, k, line=False))
+        for k, (row, scores) in enumerate(shown):
+            middle.plot(scores.rmse()[0], place[k], "o", markersize=8, **_style(row, k, line=False))
             levels = np.asarray(metrics.LEVELS)
-            curve = metrics.calibration_curve(row.scores.pit) - levels
+            curve = metrics.calibration_curve(scores.pit) - levels
             right.plot(levels, curve, label=row.name, linewidth=2, **_style(row, k, line=True))
         middle.set(xlabel="RMSE (units of y)", title="error of the predictive mean")
         right.axhline(0, color="black", linewidth=0.7)
@@ -163,13 +163,12 @@ class Table:
         figure.suptitle(f"{self.suite}: {self.tasks} tasks", fontsize=FONT + 1)
         return figure
 
-    def _draw_scores(self, axis: Any, shown: Sequence[Row], place: np.ndarray) -> None:
-        for k, row in enumerate(shown):
-            assert row.scores is not None
+    def _draw_scores(self, axis: Any, shown: Sequence[tuple[Row, Scores]], place: np.ndarray) -> None:
+        for k, (row, scores) in enumerate(shown):
             mean, error = (
-                metrics.mean_and_error(metrics.per_task(row.scores.log_prob))
+                metrics.mean_and_error(metrics.per_task(scores.log_prob))
                 if self.oracle is None
-                else self._paired(row.scores, "log_prob")
+                else self._paired(scores, "log_prob")
             )
             axis.errorbar(
                 mean, place[k], xerr=2 * error, fmt="o", markersize=8, capsize=3, **_style(row, k, line=False)

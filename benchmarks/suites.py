@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ class Suite:
 
 def of_family(
     family: Family, *, rows: int, scored: Family | None = None, judge: Judge | None = None
-) -> dict[str, Callable]:  # type: ignore[type-arg]
+) -> dict[str, Callable[..., Any]]:
     """Training tasks with `rows` rows, and episodes of the same family or of another, with its oracle."""
 
     def evaluation(count: int) -> Evaluation:
