@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MISSING = "–"
+TICKS = (-100, -30, -10, -3, -1, -0.3, -0.1, -0.03, 0)
+"""Of gaps, in nats."""
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FIXED = ("oracle", "trivial", "no pooling", "complete pooling")
 HEADINGS = (
@@ -159,7 +161,7 @@ class Table:
         middle.set(xlabel="RMSE (units of y)", title="error of the predictive mean")
         right.axhline(0, color="black", linewidth=0.7)
         right.set(xlabel="level", ylabel="share of rows below − level", title="calibration")
-        right.legend(fontsize=FONT - 3, framealpha=0.85, loc="best", ncols=2 if len(shown) > 5 else 1)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=FONT - 2, frameon=False)
         figure.suptitle(f"{self.suite}: {self.tasks} tasks", fontsize=FONT + 1)
         return figure
 
@@ -177,7 +179,11 @@ class Table:
             axis.set(xlabel="nats a row, ± 2 s.e.", title="marginal log score")
             return
         axis.axvline(0, color="black", linewidth=0.7)
-        axis.set_xscale("symlog", linthresh=0.1)
+        worst = min(self._paired(scores, "log_prob")[0] for _, scores in shown)
+        axis.set_xscale("symlog", linthresh=0.02)
+        kept = [tick for tick in TICKS if tick >= worst]
+        axis.set_xticks(kept, [f"{tick:g}" for tick in kept])
+        axis.minorticks_off()
         axis.set(xlabel="gap to the oracle (nats a row, ± 2 s.e.)", title="marginal log score")
 
 
