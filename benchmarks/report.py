@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MISSING = "–"
-TICKS = (-100, -30, -10, -3, -1, -0.3, -0.1, -0.03, 0)
+TICKS = (-100, -10, -1, -0.1, -0.02, 0)
 """Of gaps, in nats."""
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FIXED = ("oracle", "trivial", "no pooling", "complete pooling")
@@ -67,6 +67,7 @@ class Table:
         about: What its tasks are.
         rows: The lines, the oracle's first.
         tasks: How many tasks were scored.
+        pooled: What no pooling and complete pooling are, in words.
         judged: Heading of the suite's own score, "" without one.
         joint_rows: How many rows of a task were scored together at most.
     """
@@ -75,6 +76,7 @@ class Table:
     about: str
     rows: Sequence[Row]
     tasks: int
+    pooled: str = ""
     judged: str = ""
     joint_rows: int = JOINT_ROWS
 
@@ -117,9 +119,11 @@ class Table:
     def _notes(self) -> list[str]:
         notes = [
             f"{self.tasks} tasks, the same for all; log scores in nats a row, averaged over the rows of a task, then "
-            f"over tasks; marginal: each row alone, joint: the rows of a task together, the first {self.joint_rows}",
+            f"over tasks; marginal: each row alone, joint: the rows of a task together, at most {self.joint_rows}",
             "gap: score minus the oracle's on the same task; coverage: share of rows in central intervals, in %",
         ]
+        if self.pooled:
+            notes.append(f"no pooling, complete pooling: {self.pooled}")
         if self.oracle is not None:
             within, pooled = self.oracle.calibration()
             notes.append(
@@ -181,9 +185,10 @@ class Table:
         axis.axvline(0, color="black", linewidth=0.7)
         worst = min(self._paired(scores, "log_prob")[0] for _, scores in shown)
         axis.set_xscale("symlog", linthresh=0.02)
-        kept = [tick for tick in TICKS if tick >= worst]
+        kept = [tick for tick in TICKS if tick >= 2 * worst]
         axis.set_xticks(kept, [f"{tick:g}" for tick in kept])
         axis.minorticks_off()
+        axis.set_xlim(min(2 * worst, -0.02), 0.02)
         axis.set(xlabel="gap to the oracle (nats a row, ± 2 s.e.)", title="marginal log score")
 
 

@@ -71,6 +71,7 @@ class Suite:
         output: Labels of neural processes; None for normal ones.
         judged: What the judge finds, a heading.
         oracle: What the oracle knows, a heading.
+        pooled: What the baselines are, in words.
     """
 
     about: str
@@ -84,6 +85,7 @@ class Suite:
     output: Output | None = None
     judged: str = ""
     oracle: str = "oracle"
+    pooled: str = "Gaussian processes, kernels and noise learned"
 
 
 def of_family(
@@ -172,6 +174,7 @@ def sensor_evaluation(count: int, *, folder: Path) -> Evaluation:
     return Evaluation(*tasks.split_rows(place < int(tasks.sizes[0]) // 3))
 
 
+CURVES = "linear in the sine, cosine and line of the truth, noise learned from all training tasks"
 GP = {"training_tasks": 40_000, "tasks": 3000, "context": (3, 46)}
 EQ = {"training_tasks": 20_000, "tasks": 3000, "context": (0, 30), "pooling": pooling.gaussian_processes}
 
@@ -204,6 +207,7 @@ def _line_or_wave() -> Suite:
     return Suite(
         about="a sinusoid or a line, 3 rows given",
         pooling=pooling.curves,
+        pooled=CURVES,
         training_tasks=10_000,
         tasks=1000,
         context=(3, 3),
@@ -231,6 +235,7 @@ def suites(data: Path = DATA) -> dict[str, Callable[[], Suite]]:
         "sin20": lambda: Suite(
             about="sinusoids on a drifting line, 5 rows given, 20 training tasks with 5 rows",
             pooling=functools.partial(pooling.curves, frequency=1.5),
+            pooled=CURVES,
             training_tasks=20,
             tasks=200,
             **of_family(families.DriftingSinusoids(), rows=5),
@@ -238,6 +243,7 @@ def suites(data: Path = DATA) -> dict[str, Callable[[], Suite]]:
         "sinusoids": lambda: Suite(
             about="sinusoids of unknown amplitude and phase, 5 rows given",
             pooling=functools.partial(pooling.curves, used=(0, 1, 3)),
+            pooled=CURVES,
             training_tasks=10_000,
             tasks=1000,
             context=(5, 5),
@@ -249,6 +255,7 @@ def suites(data: Path = DATA) -> dict[str, Callable[[], Suite]]:
             training=functools.partial(sensors, folder=data, new=False),
             evaluation=functools.partial(sensor_evaluation, folder=data),
             pooling=pooling.linear,
+            pooled="linear in x, noise learned from all training tasks",
             training_tasks=36,
             tasks=10,
             context=(0, 144),

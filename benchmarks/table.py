@@ -81,7 +81,7 @@ def scored(
         found = score(predictor, at.context, at.target, draws=draws, joint_rows=joint_rows, judge=at.judge)
         rows.append(Row(title, found, predictor.parameters, seconds, learner))
         say(f"scored {title} on {name}")
-    return Table(name, suite.about, rows, len(at.target), suite.judged, joint_rows)
+    return Table(name, suite.about, rows, len(at.target), suite.pooled, suite.judged, joint_rows)
 
 
 def say(line: str) -> None:
