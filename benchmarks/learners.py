@@ -1,0 +1,131 @@
+"""The learners of the table: a new one joins by a line in `LEARNERS`.
+
+A learner is `(suite, tasks, *, budget, seed) -> Predictor`: it learns from the tasks for about `budget` CPU seconds.
+Most are made by `conditional`, for a `bm.ConditionalModel`, or `hierarchical`, for a model with task parameters; both
+find out how many steps the budget allows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+import bayesmeta as bm
+from bayesmeta.models import neural_processes
+from benchmarks.predictors import Conditional, Hierarchical
+from benchmarks.scores import Predictor
+from benchmarks.suites import Suite
+
+T = TypeVar("T")
+WARM, SHORT, LONG = 3, 5, 35
+"""Steps of the runs from which the time of a step is told."""
+
+
+class Learner(Protocol):
+    """Learns from tasks."""
+
+    def __call__(self, suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
+        """Learns.
+
+        Args:
+            suite: What the tasks are from: context sizes, tasks a step, kind of labels.
+            tasks: Training tasks.
+            budget: CPU seconds.
+            seed: Seed.
+        """
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of those that it started and that have ended, such as compilers."""
+    return sum(os.times()[:4])
+
+
+def within(budget: float, fit: Callable[[int], T]) -> T:
+    """Runs a training of as many steps as fit into the budget, and no fewer than `LONG`.
+
+    Args:
+        budget: CPU seconds, those of short runs that measure a step among them.
+        fit: A training of so many steps.
+    """
+    begin = cpu_seconds()
+    fit(WARM)
+    marks = [cpu_seconds()]
+    for steps in (SHORT, LONG):
+        fit(steps)
+        marks.append(cpu_seconds())
+    short, long = marks[1] - marks[0], marks[2] - marks[1]
+    step = max((long - short) / (LONG - SHORT), 1e-4)
+    fixed = max(0.0, short - SHORT * step)
+    return fit(max(LONG, int((budget - (marks[2] - begin) - fixed) / step)))
+
+
+def conditional(build: Callable[..., bm.ConditionalModel], *, lr: float | None = None) -> Learner:
+    """A learner from `build(tasks, output=, context=, seed=)`.
+
+    Args:
+        build: Makes the untrained model.
+        lr: Peak learning rate; None for the default.
+    """
+
+    def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
+        context = {} if suite.context is None else {"context": suite.context}
+        model = build(tasks, output=suite.output, seed=seed, **context)
+
+        def fit(steps: int) -> bm.ConditionalFit:
+            optimizer = bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks, lr=lr)
+            return bm.fit(model, tasks, method=bm.Amortized(optimizer=optimizer), seed=seed, progress=False)
+
+        return Conditional(within(budget, fit))
+
+    return learn
+
+
+def hierarchical(
+    build: Callable[[Suite, bm.Tasks, int], bm.HierarchicalModel],
+    method: Callable[[Suite, int], bm.Amortized],
+    *,
+    refine: str = "auto",
+) -> Learner:
+    """A learner from a hierarchical model.
+
+    Args:
+        build: `(suite, tasks, seed)` -> the model.
+        method: `(suite, steps)` -> how it is inferred; one that trains by steps.
+        refine: As in `fit.posterior`.
+    """
+
+    def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
+        model = build(suite, tasks, seed)
+
+        def fit(steps: int) -> bm.Fit:
+            return bm.fit(model, tasks, method=method(suite, steps), seed=seed, progress=False)
+
+        return Hierarchical(within(budget, fit), refine)
+
+    return learn
+
+
+def _network(suite: Suite, tasks: bm.Tasks, seed: int) -> bm.HierarchicalModel:
+    """Heads on a shared network of two layers, their weights normal across tasks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk = nn.Sequential(nn.Linear(tasks.x.shape[1], 40), nn.Tanh(), nn.Linear(40, 20), nn.Tanh())
+    return bm.models.multitask(trunk, sharing=bm.models.sharing.Gaussian(by="coordinate"), standardize=tasks, seed=seed)
+
+
+def _by_evidence(suite: Suite, steps: int) -> bm.Amortized:
+    return bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks))
+
+
+LEARNERS: dict[str, Learner] = {
+    "cnp": conditional(neural_processes.cnp.build),
+    "latent-np": conditional(neural_processes.latent_np.build),
+    "attentive-np": conditional(neural_processes.attentive_np.build),
+    "tnp": conditional(neural_processes.tnp.build, lr=1e-3),
+    "conv-cnp": conditional(neural_processes.conv_cnp.build, lr=1e-3),
+    "multi-head": hierarchical(_network, _by_evidence),
+}
