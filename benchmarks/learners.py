@@ -121,11 +121,17 @@ def _by_evidence(suite: Suite, steps: int) -> bm.Amortized:
     return bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks))
 
 
+def _shared_process(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
+    """Exact: it takes the seconds it takes, and no seed."""
+    return Conditional(bm.fit(bm.models.shared_process.build(tasks), tasks, seed=seed, progress=False))
+
+
 LEARNERS: dict[str, Learner] = {
     "cnp": conditional(neural_processes.cnp.build),
     "latent-np": conditional(neural_processes.latent_np.build),
     "attentive-np": conditional(neural_processes.attentive_np.build),
     "tnp": conditional(neural_processes.tnp.build, lr=1e-3),
     "conv-cnp": conditional(neural_processes.conv_cnp.build, lr=1e-3),
+    "shared-process": _shared_process,
     "multi-head": hierarchical(_network, _by_evidence),
 }

@@ -65,13 +65,15 @@ def build(tasks: bm.Tasks, *, kernel: str | None = None) -> bm.ConditionalModel:
 
     Args:
         tasks: Training tasks, together 2 to 4,000 rows of real inputs and one real label.
-        kernel: The smooth part of both kernels, "rbf" or "periodic"; None for the one of the higher evidence.
+        kernel: The smooth part of both kernels, "rbf" or "periodic"; None for "rbf", with one input for the one of the
+            higher evidence.
 
     Raises:
         ValueError: The kernel is unknown, or the tasks do not fit.
     """
     _check(tasks, kernel)
-    found = [SharedProcess(tasks, name).learned() for name in ([kernel] if kernel else KERNELS)]
+    tried = [kernel] if kernel else list(KERNELS) if tasks.x.shape[1] == 1 else ["rbf"]
+    found = [SharedProcess(tasks, name).learned() for name in tried]
     return bm.ConditionalModel(max(found, key=lambda module: float(module.log_evidence())))
 
 

@@ -100,6 +100,11 @@ def test_the_kernel_of_the_higher_evidence_is_taken() -> None:
     assert numbers_of(chosen)["period"] * float(tasks.x.std()) == pytest.approx(np.pi, rel=0.1)
 
 
+def test_with_two_inputs_no_common_period_is_looked_for() -> None:
+    module = shared_process.build(waves(dx=2)).module
+    assert isinstance(module, SharedProcess) and int(module.kernel) == 0
+
+
 def test_a_new_task_is_predicted_from_the_others_and_kept_in_a_file(tmp_path: pathlib.Path) -> None:
     tasks, new = waves((10,) * 6), waves((30,) * 20, seed=2)
     model = shared_process.build(tasks)
