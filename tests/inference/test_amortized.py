@@ -247,6 +247,6 @@ def test_a_step_draws_fewer_posteriors_only_where_the_bound_is_their_mean(
         alone = make_tasks({f"t{i}": [0.5] for i in range(tasks)})
         options = Amortized(objective=objective, optimizer=Optimizer(steps=1))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(amortized, "_objective", lambda options: spy)
+            patch.setattr(amortized, "_objective", lambda options, tasks: spy)
             fit_amortized(TaskDensity(known_mean, alone), alone, options, progress=False)
     assert tuple(found) == counts

@@ -84,10 +84,10 @@ def test_noisy_evidence_of_many_tasks_leaves_q_as_it_is(monkeypatch: pytest.Monk
 
 
 def test_more_candidates_are_drawn_where_the_evidence_is_noisy() -> None:
-    few = correction._enough_candidates(*setting(ROWS), correction.MAX_PER_THETA)
+    few = correction._enough_candidates(*setting(ROWS), correction.MAX_PER_THETA, 1.0)
     density, guides, tasks = setting(ROWS)
     guides.task = ExactGuide(2.5, 0.5)
-    many = correction._enough_candidates(density, guides, tasks, correction.MAX_PER_THETA)
+    many = correction._enough_candidates(density, guides, tasks, correction.MAX_PER_THETA, 1.0)
     assert few[0] == correction.PER_THETA and correction.PER_THETA < many[0] <= correction.MAX_PER_THETA
     assert few[1] < correction.MAX_VARIANCE
 

@@ -97,9 +97,9 @@ def coupled(batch: bm.Batch) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="context= belongs to objective='predictive'"):
+    with pytest.raises(ValueError, match="context= belongs to objective='predictive' or 'predictive-elbo'"):
         bm.Amortized(context=(0, 5))
     with pytest.raises(ValueError, match=r"expected sizes \(lo, hi\) with 0 <= lo <= hi, got \(3, 1\)"):
         Predictive((3, 1))
-    with pytest.raises(ValueError, match="objective 'predictive' needs rows that are independent given φ"):
+    with pytest.raises(ValueError, match="predictive objectives need rows that are independent given φ"):
         bm.fit(coupled, table((3, 3, 4)), method=bm.Amortized(objective="predictive"), progress=False)
