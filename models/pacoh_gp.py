@@ -1,4 +1,4 @@
-"""PACOH with Gaussian processes: a prior over functions, learned with a hyper-prior so that few tasks do not overfit it.
+"""PACOH with Gaussian processes: a prior of functions, learned with a hyper-prior so that few tasks do not overfit it.
 
     y_i ~ N(m(x) + φ_i, s² exp(−|h(x) − h(x')|² / 2) + σ² δ),   φ_i ~ N(0, τ²),
     log Q*(θ) = log p(θ) + λ / (n β + λ) Σ_i ln p(D_i | θ),
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch

@@ -17,23 +17,8 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import bayesmeta as bm
-from bayesmeta.models import bayesian_network
-
-
-def build(tasks: bm.Tasks, **options: Any) -> bm.HierarchicalModel:
-    """The hierarchical Bayesian network.
-
-    Args:
-        tasks: Training tasks, or others like them: they give shapes and units.
-        **options: Of `bayesian_network.build`: `hidden`, `likelihood`, `centre_scale`, `tau`, `tau_spread`, `seed`.
-
-    Raises:
-        ValueError: If an option or the tasks cannot be used.
-    """
-    return bayesian_network.build(tasks, **options)
+from bayesmeta.models.bayesian_network import build as build
 
 
 def method(
