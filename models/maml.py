@@ -8,7 +8,8 @@ without uncertainty about w: its intervals are those of the noise that the outpu
 where tasks differ. Read as inference the steps are `bm.guides.Gradient`, which ends in a Gaussian around w_K under a
 prior, and `platipus` is that.
 
-Deviations from the paper: step sizes are learned, as in Meta-SGD; any output family of `neural_processes.outputs`.
+Deviations from the paper: step sizes are learned, as in Meta-SGD; α ∇ L is bent by tanh, so that no step moves a weight
+by more than 1; any output family of `neural_processes.outputs`.
 
 References:
     Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017,
@@ -29,7 +30,8 @@ from bayesmeta.models.bayesian_network import Network
 from bayesmeta.models.neural_processes.outputs import Output
 from bayesmeta.models.neural_processes.sets import NeuralProcess, Reader, Rows, check_sizes, sizes_of
 
-FIRST_RATE = 0.1
+FIRST_RATE = 0.03
+"""Step sizes before training: with much larger ones the steps overshoot as soon as labels are predicted well."""
 
 
 def build(
@@ -37,7 +39,7 @@ def build(
     *,
     output: Output | None = None,
     hidden: Sequence[int] = (40, 40),
-    steps: int = 3,
+    steps: int = 5,
     context: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> bm.ConditionalModel:
@@ -94,5 +96,5 @@ class GradientSteps(NeuralProcess):
         slope = torch.func.grad(loss)
         for k in range(self.steps):
             moves = slope(weights)
-            weights = {name: w - self.log_rate[name][k].exp() * moves[name] for name, w in weights.items()}
+            weights = {name: w - torch.tanh(self.log_rate[name][k].exp() * moves[name]) for name, w in weights.items()}
         return weights
