@@ -18,6 +18,8 @@ References:
 
 from __future__ import annotations
 
+import math
+
 import bayesmeta as bm
 from bayesmeta.models.bayesian_network import build as build
 
@@ -25,7 +27,7 @@ from bayesmeta.models.bayesian_network import build as build
 def method(
     *,
     shared: str = "map",
-    lam: float | None = None,
+    lam: float | None = math.inf,
     guide: bm.TaskGuide | None = None,
     optimizer: bm.Optimizer | None = None,
 ) -> bm.Amortized:
@@ -33,7 +35,8 @@ def method(
 
     Args:
         shared: The hyper-posterior: "map" or "svgd" (particles).
-        lam: λ of `bm.PACBayes`.
+        lam: λ of `bm.PACBayes`. ∞, the evidence in full, is near the published experiments, which weigh the log
+            hyper-prior by 1e-3 or less; None, λ = n, lets it outweigh few tasks.
         guide: Of the weights; None: `bm.guides.Variational()`.
         optimizer: Steps, batch size and learning rate.
     """
