@@ -44,6 +44,8 @@ SETTLED = 1e-3
 
 THETAS = 8
 """Draws of θ a step."""
+SEVERAL_DRAWS = ("iw", "predictive")
+"""Objectives that are the log of a mean over draws."""
 LEAST_POSTERIORS = 512
 """Draws of task posteriors a step, where there is no θ to draw and the tasks are many enough."""
 
@@ -176,9 +178,9 @@ def fit_amortized(
 def _draws(density: TaskDensity, options: Amortized, tasks: int) -> int:
     """How many θ a step draws; where nothing is shared, enough posteriors over all tasks of the batch.
 
-    Only the ELBO is a mean over them: in other objectives their number is part of the bound.
+    Only the ELBO is a mean over them: in other objectives their number is part of the bound, also at one θ.
     """
-    if options.shared == "map":
+    if options.shared == "map" and options.objective not in SEVERAL_DRAWS:
         return 1
     if density.structure.shared_size or options.objective != "elbo":
         return THETAS

@@ -70,7 +70,7 @@ def _hyper_posterior(density: TaskDensity, guides: Guides, step: Step, *, share:
     """−E_q [log p(θ) + share · Σ_i ln Z_i − log q(θ)] a task."""
     theta = guides.shared.sample(step.draws)
     log_q = guides.shared.log_prob(theta)
-    repeated = theta.repeat_interleave(CANDIDATES, 0)
+    repeated = theta.unsqueeze(1).expand(-1, CANDIDATES, -1).flatten(0, 1)
     posterior = guides.task.condition(repeated, step.context)
     noise = posterior.sample()
     log_p = density.log_task.mapped(repeated, noise, step.context.data, guides.values, in_dims=BY_DRAW)

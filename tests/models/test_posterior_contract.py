@@ -24,11 +24,12 @@ SMALL = {"hidden": (4,)}
 
 @dataclass(frozen=True)
 class Learner:
-    """A file of the zoo, options of its `build` and `method`, and whether it takes other likelihoods."""
+    """A file of the zoo, options of its `build` and `method`, how long it is trained, and what likelihoods it takes."""
 
     file: ModuleType
     options: dict[str, Any]
     method: dict[str, Any]
+    training: int = 250
     takes_likelihoods: bool = True
 
     def build(self, tasks: bm.Tasks, **more: Any) -> Any:
@@ -44,7 +45,7 @@ class Learner:
 
 LEARNERS = {
     "abml": Learner(abml, SMALL, {"steps": 3, "draws": 4}),
-    "platipus": Learner(platipus, SMALL, {"steps": 3, "context": (0, 5)}),
+    "platipus": Learner(platipus, SMALL, {"steps": 3, "context": (0, 5)}, training=800),
     "bmaml": Learner(bmaml, SMALL, {"steps": 3, "particles": 4, "context": (0, 5)}),
     "pacoh gp": Learner(pacoh_gp, SMALL, {}, takes_likelihoods=False),
     "pacoh nn": Learner(pacoh_nn, SMALL, {"lam": np.inf}),
@@ -64,7 +65,7 @@ def early(learner: Learner) -> bm.Fit:
 
 @pytest.fixture(scope="module")
 def learned(learner: Learner) -> bm.Fit:
-    return learner.fit(levels(TRAINING, 0), 250)
+    return learner.fit(levels(TRAINING, 0), learner.training)
 
 
 def posterior(fit: bm.Fit, tasks: bm.Tasks, draws: int = 200) -> bm.Posterior:
