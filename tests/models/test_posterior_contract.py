@@ -45,7 +45,7 @@ class Learner:
 
 LEARNERS = {
     "abml": Learner(abml, SMALL, {"steps": 3, "draws": 4}),
-    "platipus": Learner(platipus, SMALL, {"steps": 3, "context": (0, 5)}, training=800),
+    "platipus": Learner(platipus, SMALL, {"steps": 3, "context": (0, 5)}, training=500),
     "bmaml": Learner(bmaml, SMALL, {"steps": 3, "particles": 4, "context": (0, 5)}),
     "pacoh gp": Learner(pacoh_gp, SMALL, {}, takes_likelihoods=False),
     "pacoh nn": Learner(pacoh_nn, SMALL, {"lam": np.inf}),
@@ -103,8 +103,8 @@ def test_padding_and_other_tasks_change_nothing(early: bm.Fit) -> None:
     whole = levels(3, 1)
     rows = [(t.x[:n].numpy(), t.y[:n].numpy()) for t, n in zip(whole, (2, 6, 6), strict=True)]
     tasks = bm.Tasks.from_arrays([x for x, _ in rows], [y for _, y in rows], names=list("abc"))
-    together, alone = (early.posterior(t, draws=4000, refine="none") for t in (tasks, tasks[[0]]))
-    error = np.hypot(together.sd("phi")[0], alone.sd("phi")[0]) / np.sqrt(4000)
+    together, alone = (early.posterior(t, draws=1000, refine="none") for t in (tasks, tasks[[0]]))
+    error = np.hypot(together.sd("phi")[0], alone.sd("phi")[0]) / np.sqrt(1000)
     assert (np.abs(together.mean("phi")[0] - alone.mean("phi")[0]) < 5 * error).all()
 
 
@@ -115,18 +115,19 @@ def test_the_context_matters(early: bm.Fit) -> None:
     assert ((after - before).mean(1) > 0.1).all()
 
 
-@pytest.mark.parametrize(("dx", "kind"), [(0, "normal"), (3, "normal"), (1, "counts"), (1, "function")])
+def laplace(f: torch.Tensor) -> torch.distributions.Distribution:
+    """A likelihood that nobody ships."""
+    return torch.distributions.Laplace(f, 0.5)
+
+
+@pytest.mark.parametrize(("dx", "kind"), [(0, "normal"), (3, "function")])
 def test_any_likelihood_and_inputs_of_any_length(learner: Learner, dx: int, kind: str) -> None:
     rng = np.random.default_rng(0)
     sizes = (3, 1, 5, 2)
-    y = [rng.poisson(3.0, n) if kind == "counts" else rng.normal(size=n) for n in sizes]
+    y = [rng.normal(size=n) for n in sizes]
     x = [rng.normal(size=(n, dx)) for n in sizes] if dx else None
     tasks, new = (bm.Tasks.from_arrays(x, y, names=list(names)) for names in ("abcd", "efgh"))
-    likelihood = {
-        "normal": bm.likelihoods.Normal(),
-        "counts": bm.likelihoods.Poisson(),
-        "function": lambda f, batch: torch.distributions.Laplace(f, 0.5),
-    }[kind]
+    likelihood = {"normal": bm.likelihoods.Normal(), "function": laplace}[kind]
     if not learner.takes_likelihoods and kind != "normal":
         with pytest.raises(TypeError, match="unexpected keyword argument 'likelihood'"):
             learner.build(tasks, likelihood=likelihood)
@@ -136,16 +137,16 @@ def test_any_likelihood_and_inputs_of_any_length(learner: Learner, dx: int, kind
     assert found.draws.shape[:3] == (5, 4, 5) and np.isfinite(found.draws[:, found.mask]).all()
 
 
-def test_same_seed_same_fit_and_what_is_loaded_is_what_was_saved(learner: Learner, tmp_path: pathlib.Path) -> None:
+def test_same_seed_same_fit_and_what_is_loaded_is_what_was_saved(
+    learner: Learner, early: bm.Fit, tmp_path: pathlib.Path
+) -> None:
     tasks = levels(TRAINING, 0)
-    first, second, other = (learner.fit(tasks, 3, seed=seed) for seed in (0, 0, 1))
-    first.save(tmp_path / "fit.bm")
-    loaded = bm.load(tmp_path / "fit.bm", learner.build(tasks), method=learner.steps(3))
+    early.save(tmp_path / "fit.bm")
+    loaded = bm.load(tmp_path / "fit.bm", learner.build(tasks), method=learner.steps(5))
     context = levels(6, 2).context_target(context=2, seed=0)[0]
-    draws = [posterior(fit, context, 5).draws("phi") for fit in (first, second, loaded, other)]
+    draws = [posterior(fit, context, 5).draws("phi") for fit in (early, learner.fit(tasks, 5), loaded)]
     np.testing.assert_array_equal(draws[0], draws[1])
     np.testing.assert_array_equal(draws[0], draws[2])
-    assert (draws[0] != draws[3]).any()
 
 
 @pytest.mark.parametrize("shots", [0, 2, 4])
