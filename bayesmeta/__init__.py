@@ -14,6 +14,7 @@ from bayesmeta.inference import guides
 from bayesmeta.inference.amortized import Amortized
 from bayesmeta.inference.marginal import Marginal
 from bayesmeta.inference.nuts import NUTS
+from bayesmeta.inference.pac_bayes import PACBayes
 from bayesmeta.inference.protocols import TaskGuide
 from bayesmeta.inference.training import Optimizer
 from bayesmeta.results.conditional import ConditionalFit, ConditionalPrediction
@@ -35,6 +36,7 @@ __all__ = [
     "Marginal",
     "NUTS",
     "Optimizer",
+    "PACBayes",
     "Posterior",
     "Prediction",
     "Source",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import different
-from bayesmeta.inference.gaussian import GaussianTasks
+from bayesmeta.inference.gaussian import DiagonalTasks
 from bayesmeta.inference.gradient import LONGEST_STEP, limited, slope
 from bayesmeta.inference.options import check_lengths
 from bayesmeta.inference.protocols import Context, TaskGuide
@@ -63,7 +63,7 @@ class Variational(TaskGuide):
         first = torch.tensor([min(0.5, 1 / max(1, dim)), 0.5], dtype=density.dtype)
         self.log_rate = nn.Parameter(first.log().unsqueeze(-1).repeat(self._steps, 1, dim))
 
-    def condition(self, theta: Tensor, context: Context) -> GaussianTasks:
+    def condition(self, theta: Tensor, context: Context) -> DiagonalTasks:
         """q(φ | D, θ) of every task for every θ."""
         theta, place = different(theta)
         loc = theta.new_zeros(len(theta), len(context.batch.names), self.points.shape[-1])
@@ -72,7 +72,7 @@ class Variational(TaskGuide):
             by_loc, by_log_sd = self._bound_gradient(theta, loc, log_sd, context)
             log_sd = log_sd - widening / 2 * (1 - by_log_sd).clamp(min=LEAST_RATIO).log()
             loc = loc + limited(moving * (2 * log_sd).exp() * by_loc, LONGEST_STEP)
-        return GaussianTasks(loc[place], torch.diag_embed((-log_sd).exp())[place])
+        return DiagonalTasks(loc[place], log_sd.exp()[place])
 
     def _bound_gradient(self, theta: Tensor, loc: Tensor, log_sd: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """∂L/∂m and ∂L/∂log σ, `(S, T, d)` each."""

@@ -23,9 +23,10 @@ from bayesmeta.inference.flows import FlowGuide
 from bayesmeta.inference.guides import NaturalGuide
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.objectives import OBJECTIVES, Guides, Objective, Step
+from bayesmeta.inference.pac_bayes import PACBayes
 from bayesmeta.inference.particles import ParticleShared
 from bayesmeta.inference.pooled import PooledGuide
-from bayesmeta.inference.predictive import DEFAULT_CONTEXT, Predictive
+from bayesmeta.inference.predictive import DEFAULT_CONTEXT, EPISODIC
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide
 from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
 from bayesmeta.inference.staged import StagedGuide
@@ -43,6 +44,8 @@ SETTLED = 1e-3
 
 THETAS = 8
 """Draws of θ a step."""
+SEVERAL_DRAWS = ("iw", "predictive")
+"""Objectives that are the log of a mean over draws."""
 LEAST_POSTERIORS = 512
 """Draws of task posteriors a step, where there is no θ to draw and the tasks are many enough."""
 
@@ -65,10 +68,11 @@ class Amortized:
     Args:
         shared: Posterior of θ: "normal" (full covariance), "lowrank", "map" (a point) or "svgd" (particles, for several
             modes).
-        objective: "elbo", "iw", "predictive" (score held-out rows given a context), "minimax" (the worst tasks count
-            most), "pcgrad" (conflicts between tasks' gradients of trained weights are projected out), or a function
-            `(density, guides, step) -> (loss, info)`.
-        context: Smallest and largest context of the objective "predictive"; None: (0, 10).
+        objective: "elbo", "iw", "predictive" (score held-out rows given a context), "predictive-elbo" (a bound on that
+            score, from the posterior given all rows), "pac-bayes" (the PAC-optimal hyper-posterior, or
+            `bm.PACBayes(lam=…)`), "minimax" (the worst tasks count most), "pcgrad" (conflicts between tasks' gradients
+            of trained weights are projected out), or a function `(density, guides, step) -> (loss, info)`.
+        context: Smallest and largest context of the predictive objectives; None: (0, 10).
         guide: A `TaskGuide`, or None for the default one.
         encoder: How rows are pooled: "natural" (the default guide, additive; site after site where task sites hang
             together), "deepset", "attention", or a module
@@ -79,7 +83,7 @@ class Amortized:
     """
 
     shared: str = "normal"
-    objective: str | Objective = "elbo"
+    objective: str | PACBayes | Objective = "elbo"
     context: tuple[int, int] | None = None
     guide: TaskGuide | None = None
     encoder: str | nn.Module = "natural"
@@ -90,7 +94,7 @@ class Amortized:
     def __post_init__(self) -> None:
         choices: dict[str, Iterable[str]] = {
             "shared": SHARED,
-            "objective": (*KNOWN_OBJECTIVES, "predictive"),
+            "objective": (*KNOWN_OBJECTIVES, *EPISODIC, "pac-bayes"),
             "encoder": ENCODERS,
             "family": FAMILIES,
         }
@@ -98,8 +102,9 @@ class Amortized:
             value = getattr(self, name)
             if isinstance(value, str) and value not in known:
                 raise ValueError(f"Amortized: {name} must be one of {sorted(known)}, got {value!r}")
-        if self.context is not None and self.objective != "predictive":
-            raise ValueError("Amortized: context= belongs to objective='predictive'; give both or leave it out")
+        if self.context is not None and self.objective not in EPISODIC:
+            names = " or ".join(repr(name) for name in EPISODIC)
+            raise ValueError(f"Amortized: context= belongs to objective={names}; give both or leave it out")
         if self.guide is not None and (self.encoder, self.family, self.embed) != ("natural", "normal", None):
             raise ValueError("Amortized: a guide of your own brings encoder, embed and family along; give only guide=")
 
@@ -139,7 +144,8 @@ def fit_amortized(
     guides = build_guides(density, tasks, options, shared)
     behind = History() if checkpoint is None else checkpoint.restore(guides)
     batches = _contexts(density, tasks, guides, options.optimizer.batch_tasks)
-    objective = _objective(options)
+    objective = _objective(options, tasks)
+    share = _evidence_share(options, tasks)
     draws = _draws(density, options, len(tasks))
     pieces = _pieces(density, tasks, options.optimizer.batch_tasks, draws)
 
@@ -157,7 +163,7 @@ def fit_amortized(
             _groups(guides, options.optimizer.lr or NETWORK_LR),
             optimizer=options.optimizer,
             between=guides.shared.recentre,
-            judge=_Judge(density, guides, tasks, behind),
+            judge=_Judge(density, guides, tasks, behind, share),
             progress=progress,
             history=behind,
             finished=None if checkpoint is None else functools.partial(checkpoint.store, guides),
@@ -166,15 +172,15 @@ def fit_amortized(
     guides.values = {name: value.detach() for name, value in guides.values.items()}
     density.learned.values.update(guides.values)
     with torch.no_grad():
-        return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS), history
+        return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS, share=share), history
 
 
 def _draws(density: TaskDensity, options: Amortized, tasks: int) -> int:
     """How many θ a step draws; where nothing is shared, enough posteriors over all tasks of the batch.
 
-    Only the ELBO is a mean over them: in other objectives their number is part of the bound.
+    Only the ELBO is a mean over them: in other objectives their number is part of the bound, also at one θ.
     """
-    if options.shared == "map":
+    if options.shared == "map" and options.objective not in SEVERAL_DRAWS:
         return 1
     if density.structure.shared_size or options.objective != "elbo":
         return THETAS
@@ -194,10 +200,19 @@ def _groups(guides: Guides, lr: float) -> list[dict[str, Any]]:
     ]
 
 
-def _objective(options: Amortized) -> Objective:
-    if options.objective == "predictive":
-        return Predictive(options.context or DEFAULT_CONTEXT)
-    return KNOWN_OBJECTIVES[options.objective] if isinstance(options.objective, str) else options.objective
+def _objective(options: Amortized, tasks: Tasks) -> Objective:
+    chosen = PACBayes() if options.objective == "pac-bayes" else options.objective
+    if isinstance(chosen, PACBayes):
+        return chosen.over(tasks)
+    if not isinstance(chosen, str):
+        return chosen
+    return EPISODIC[chosen](options.context or DEFAULT_CONTEXT) if chosen in EPISODIC else KNOWN_OBJECTIVES[chosen]
+
+
+def _evidence_share(options: Amortized, tasks: Tasks) -> float:
+    """How much the tasks' evidence counts in q(θ): fully, but for the PAC-Bayesian hyper-posterior."""
+    chosen = PACBayes() if options.objective == "pac-bayes" else options.objective
+    return chosen.share(tasks) if isinstance(chosen, PACBayes) else 1.0
 
 
 def build_guides(
@@ -270,15 +285,15 @@ class _Draw:
 class _Judge:
     """Decides after a stage whether q is good enough: by the ESS of θ where it can be corrected, else by the bound."""
 
-    def __init__(self, density: TaskDensity, guides: Guides, tasks: Tasks, behind: History) -> None:
-        self._args = (density, guides, tasks)
+    def __init__(self, density: TaskDensity, guides: Guides, tasks: Tasks, behind: History, share: float) -> None:
+        self._args, self._share = (density, guides, tasks), share
         self._bound = behind.stages[-1]["bound"] if behind.stages else -math.inf
 
     def __call__(self, bound: float) -> dict[str, Any]:
-        density, guides, tasks = self._args
+        guides = self._args[1]
         guides.task.follow(*guides.shared.centre())
         with torch.no_grad():
-            drawn = correct_shared(density, guides, tasks, draws=CHECK_DRAWS, budget=CHECK_BUDGET)
+            drawn = correct_shared(*self._args, draws=CHECK_DRAWS, budget=CHECK_BUDGET, share=self._share)
         settled = bound - self._bound < SETTLED
         self._bound = bound
         good = drawn.status == "corrected" and drawn.ess >= GOOD_SHARE * reachable_ess(drawn.theta.shape[1])

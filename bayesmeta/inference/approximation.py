@@ -21,7 +21,7 @@ from bayesmeta.inference.candidates import SHARES, prior_draws
 from bayesmeta.inference.chunks import task_chunks, theta_chunks
 from bayesmeta.inference.correction import SharedDraws, weighed
 from bayesmeta.inference.evidence import Evidence
-from bayesmeta.inference.gaussian import GaussianTasks, heavy_scale
+from bayesmeta.inference.gaussian import Pushed, heavy_scale
 from bayesmeta.inference.laplace import LaplaceGuide, MixtureTasks
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import Context, TaskPosterior
@@ -172,7 +172,7 @@ def _heavy(white: Tensor, generator: torch.Generator) -> Tensor:
 
 def _pushed(posterior: TaskPosterior, white: Tensor, component: Tensor) -> Tensor:
     """Standard noise `(S, T, d)` as draws; a mixture takes the component that `component` `(T,)` falls into."""
-    if isinstance(posterior, GaussianTasks):
+    if isinstance(posterior, Pushed):
         return posterior.push(white)
     if not isinstance(posterior, MixtureTasks):
         raise TypeError(f"expected Gaussians or mixtures of them, got {type(posterior).__name__}")

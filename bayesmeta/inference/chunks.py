@@ -97,9 +97,10 @@ def theta_chunks(theta: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
 def different(theta: Tensor) -> tuple[Tensor, Tensor]:
     """Draws of θ without repetitions, filled up to a power of two, and where each draw is among them.
 
-    Where gradients are recorded, all of them: which are equal cannot be differentiated.
+    Where gradients are recorded, all of them: which are equal cannot be differentiated. One point that is expanded
+    counts once in any case.
     """
-    if theta.shape[1] == 0:
+    if theta.shape[1] == 0 or theta.stride(0) == 0:
         return theta[:1], torch.zeros(len(theta), dtype=torch.long)
     if torch.is_grad_enabled():
         return theta, torch.arange(len(theta))

@@ -63,13 +63,20 @@ class SharedDraws:
 
 
 def correct_shared(
-    density: TaskDensity, guides: Guides, tasks: Tasks, *, draws: int, budget: int = FULL_BUDGET
+    density: TaskDensity,
+    guides: Guides,
+    tasks: Tasks,
+    *,
+    draws: int,
+    budget: int = FULL_BUDGET,
+    share: float = 1.0,
 ) -> SharedDraws:
-    """Weighs draws of θ by prior(θ) Π p̂(D_i | θ) / proposal(θ).
+    """Weighs draws of θ by prior(θ) (Π p̂(D_i | θ))^share / proposal(θ).
 
     The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first,
     unless it is worse by far, as where θ has several modes. Where the evidence of all tasks together is too noisy for
-    that, q's own draws are returned as "uncorrected".
+    that, or fewer than 10 draws would count, as in hundreds of dimensions, q's own draws are returned as
+    "uncorrected".
     """
     if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared | PriorShared):
         plug_in = density.structure.shared_size and isinstance(guides.shared, PointShared)
@@ -77,12 +84,15 @@ def correct_shared(
         return _equal(guides.shared.sample(draws), status, 0.0, 1.0)
     budget = int(budget / guides.task.cost)
     most = budget // (MIN_DRAWS * len(tasks))
-    per_theta, variance = _enough_candidates(density, guides, tasks, most)
+    per_theta, variance = _enough_candidates(density, guides, tasks, most, share)
     affordable = budget // (len(tasks) * per_theta)
     if variance > 1 or affordable < MIN_DRAWS:
         return _equal(guides.shared.sample(draws), "uncorrected", math.inf, math.nan)
-    score = functools.partial(_log_target, density, guides, tasks, per_theta)
-    return weigh_shared(guides.shared, score, draws=draws, affordable=affordable)
+    score = functools.partial(_log_target, density, guides, tasks, per_theta, share)
+    found = weigh_shared(guides.shared, score, draws=draws, affordable=affordable)
+    if not found.ess * len(found.theta) >= MIN_EFFECTIVE:
+        return _equal(guides.shared.sample(draws), "uncorrected", found.khat, found.ess)
+    return found
 
 
 def weigh_shared(
@@ -169,19 +179,23 @@ def _equal(theta: Tensor, status: str, khat: float, ess: float) -> SharedDraws:
     return SharedDraws(theta, np.full(len(theta), -math.log(len(theta))), khat, ess, status)
 
 
-def _log_target(density: TaskDensity, guides: Guides, tasks: Tasks, per_theta: int, theta: Tensor) -> Tensor:
+def _log_target(
+    density: TaskDensity, guides: Guides, tasks: Tasks, per_theta: int, share: float, theta: Tensor
+) -> Tensor:
     evidence = log_evidence(density, guides, tasks, theta, per_theta=per_theta)
-    return evidence.sum(1, dtype=torch.float64) + density.log_prior(theta, guides.values)
+    return share * evidence.sum(1, dtype=torch.float64) + density.log_prior(theta, guides.values)
 
 
-def _enough_candidates(density: TaskDensity, guides: Guides, tasks: Tasks, most: int) -> tuple[int, float]:
-    """The number of candidates, at most `most`, that keeps the variance of Σ log p̂ small, and that variance."""
+def _enough_candidates(
+    density: TaskDensity, guides: Guides, tasks: Tasks, most: int, share: float
+) -> tuple[int, float]:
+    """The number of candidates, at most `most`, that keeps the variance of Σ log p̂ (as it counts) small, and that."""
     pilot = tasks
     if len(tasks) > PILOT_TASKS:
         pilot = tasks[np.sort(torch.randperm(len(tasks))[:PILOT_TASKS].numpy())]
     theta = guides.shared.sample(16)
     pair = [log_evidence(density, guides, pilot, theta, per_theta=PER_THETA) for _ in range(2)]
-    variance = float((pair[0] - pair[1]).square().mean() / 2) * len(tasks)
+    variance = share**2 * float((pair[0] - pair[1]).square().mean() / 2) * len(tasks)
     if not math.isfinite(variance):
         return PER_THETA, math.inf
     needed = PER_THETA * max(1.0, variance / MAX_VARIANCE)

@@ -7,6 +7,9 @@ any x. Other guides that climb log joints (`adaptation.py`, `svgd.py`) take thei
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +17,7 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import different, task_chunks
-from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_lower, solve_upper
+from bayesmeta.inference.gaussian import DiagonalTasks, GaussianTasks, cholesky, solve_factored
 from bayesmeta.inference.loadings import Loadings, ThetaStandardiser
 from bayesmeta.inference.options import check_lengths
 from bayesmeta.inference.protocols import Context, TaskGuide
@@ -37,48 +40,70 @@ class Gradient(TaskGuide):
 
     Args:
         steps: Number of gradient steps.
+        curvature: "full", or "diagonal" for `P = I + n diag(w)`, the same at all θ: linear in the dimensions, for
+            hundreds of them.
 
     References:
         Finn, Abbeel, Levine: Model-Agnostic Meta-Learning, 2017, https://arxiv.org/abs/1703.03400
         Park, Oliva: Meta-Curvature, 2019, https://arxiv.org/abs/1902.03356
 
     Raises:
-        ValueError: If `steps` is not a whole number of at least 1.
+        ValueError: If `steps` is not a whole number of at least 1, or `curvature` neither of the two.
     """
 
-    def __init__(self, *, steps: int = 5) -> None:
+    def __init__(self, *, steps: int = 5, curvature: Literal["full", "diagonal"] = "full") -> None:
         super().__init__()
         check_lengths("Gradient", steps=steps)
-        self.steps = steps
+        if curvature not in ("full", "diagonal"):
+            raise ValueError(f'Gradient: curvature must be "full" or "diagonal", got {curvature!r}')
+        self.steps, self._diagonal = steps, curvature == "diagonal"
 
     def attach(self, density: TaskDensity, tasks: Tasks) -> None:
         """Builds the start, the step sizes and the curvature for the model's dimensions."""
         dim, theta_dim = density.structure.task_size, density.structure.shared_size
         self._density = density
-        self.theta = ThetaStandardiser(theta_dim)
-        self.curvature = Loadings(theta_dim, dim, dim, hidden=32, initial_sd=0.3)
-        with torch.no_grad():
-            self.curvature.constant.copy_(_square_root(_curvature_of_a_row(density, tasks)))
+        if self._diagonal:
+            self.log_curvature = nn.Parameter(curvature_diagonal(density, tasks).log())
+        else:
+            self.theta = ThetaStandardiser(theta_dim)
+            self.curvature = Loadings(theta_dim, dim, dim, hidden=32, initial_sd=0.3)
+            with torch.no_grad():
+                self.curvature.constant.copy_(_square_root(_curvature_of_a_row(density, tasks)))
         self.start = nn.Parameter(torch.zeros(dim, dtype=density.dtype))
         self.log_rate = nn.Parameter(torch.full((self.steps, dim), 0.5, dtype=density.dtype).log())
 
     def follow(self, loc: Tensor, scale: Tensor) -> None:
         """Standardises θ with q(θ)'s location and scale from now on."""
-        self.theta.follow(loc, scale)
+        if not self._diagonal:
+            self.theta.follow(loc, scale)
 
-    def condition(self, theta: Tensor, context: Context) -> GaussianTasks:
+    def condition(self, theta: Tensor, context: Context) -> GaussianTasks | DiagonalTasks:
         """q(φ | D, θ) of every task for every θ."""
         theta, place = different(theta)
         count = rows_seen(context.batch).to(self.start.dtype)
+        if self._diagonal:
+            precision = (1 + count.unsqueeze(-1) * self.log_curvature.exp()).expand(len(theta), -1, -1)
+            loc = self._stepped(theta, context, count, lambda gradient: gradient / precision)
+            return DiagonalTasks(loc[place], precision[place].rsqrt())
+        factor = self._factor(theta, count)
+        loc = self._stepped(theta, context, count, lambda gradient: solve_factored(factor, gradient))
+        return GaussianTasks(loc[place], factor[place])
+
+    def _factor(self, theta: Tensor, count: Tensor) -> Tensor:
+        """Cholesky factors of P `(S, T, d, d)`."""
         weights = self.curvature(self.theta(theta)).to(self.start.dtype).unsqueeze(1)
         precision = torch.eye(len(self.start), dtype=self.start.dtype) + count[:, None, None] * (weights @ weights.mT)
-        factor = cholesky(precision)
+        return cholesky(precision)
+
+    def _stepped(
+        self, theta: Tensor, context: Context, count: Tensor, conditioned: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Where the steps end, `(S, T, d)`."""
         loc = (self.start * (count / (count + 1)).unsqueeze(-1)).expand(len(theta), -1, -1)
         for rate in self.log_rate.exp():
             gradient = slope(self._density, theta, loc, context)
-            move = rate * solve_upper(factor.mT, solve_lower(factor, gradient))
-            loc = loc + limited(move, LONGEST_STEP)
-        return GaussianTasks(loc[place], factor[place])
+            loc = loc + limited(rate * conditioned(gradient), LONGEST_STEP)
+        return loc
 
 
 def slope(density: TaskDensity, theta: Tensor, noise: Tensor, context: Context) -> Tensor:
@@ -116,6 +141,12 @@ def _curvature_of_a_row(density: TaskDensity, tasks: Tasks) -> Tensor:
         hessian = torch.stack(rows, -1)
         found.append((-hessian - torch.eye(dim, dtype=density.dtype)) / chunk.batch.n[:, None, None].clamp(min=1))
     return torch.cat(found).mean(0)
+
+
+def curvature_diagonal(density: TaskDensity, tasks: Tasks) -> Tensor:
+    """The first guess of what a row adds to the curvature in each coordinate, positive, `(d,)`."""
+    found = _curvature_of_a_row(density, tasks).diagonal()
+    return torch.nan_to_num(found, nan=1.0, posinf=1.0, neginf=1.0).clamp(min=SMALLEST)
 
 
 def _square_root(matrix: Tensor) -> Tensor:

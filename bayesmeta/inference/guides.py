@@ -19,6 +19,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.networks import MLP, RowInputs
 from bayesmeta.inference.adaptation import Variational as Variational
+from bayesmeta.inference.diagonal_svgd import DiagonalSVGD as DiagonalSVGD
 from bayesmeta.inference.gaussian import Lower, NaturalTasks
 from bayesmeta.inference.gradient import Gradient as Gradient
 from bayesmeta.inference.loadings import ThetaStandardiser

@@ -7,7 +7,7 @@ of `checks/` use. What has not converged is marked, never used as if it had.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import different, task_chunks
-from bayesmeta.inference.gaussian import GaussianTasks
+from bayesmeta.inference.gaussian import GaussianTasks, Pushed
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
 MAX_STEPS = 100
@@ -194,7 +194,7 @@ class MixtureTasks:
         log_share: Their log weights `(m, S, T)`.
     """
 
-    parts: list[GaussianTasks]
+    parts: Sequence[Pushed]
     log_share: Tensor
 
     def sample(self, *, heavy: bool = False) -> Tensor:

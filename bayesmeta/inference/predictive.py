@@ -1,12 +1,13 @@
-"""The objective "predictive": held-out rows of a hierarchical model, scored through the guide.
+"""The objectives "predictive" and "predictive-elbo": held-out rows of a hierarchical model, scored through the guide.
 
-Where the ELBO asks for the posterior, this asks for predictions from few rows, as meta-learners train. Learners without
-task parameters have theirs in `conditional.py`; `amortized.py` calls this one.
+Where the ELBO asks for the posterior, these ask for predictions from few rows, as meta-learners train. Learners without
+task parameters have theirs in `conditional.py`; `amortized.py` calls these.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.episodes import Episode
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.objectives import BY_DRAW, Guides, Info, Step
+from bayesmeta.inference.objectives import BY_DRAW, Guides, Info, Objective, Step
 
 DEFAULT_CONTEXT = (0, 10)
 
@@ -37,8 +38,7 @@ class Predictive:
     context: tuple[int, int] = DEFAULT_CONTEXT
 
     def __post_init__(self) -> None:
-        if len(self.context) != 2 or not 0 <= self.context[0] <= self.context[1]:
-            raise ValueError(f"context: expected sizes (lo, hi) with 0 <= lo <= hi, got {self.context}")
+        _check_sizes(self.context)
 
     def __call__(self, density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info]:
         """The loss of one step, in nats a task.
@@ -46,21 +46,88 @@ class Predictive:
         Raises:
             ValueError: The likelihood couples the rows of a task or does not mask padding.
         """
-        if density.structure.exact_size:
-            raise ValueError(
-                "objective 'predictive' needs rows that are independent given φ, inside batch.observations(); use "
-                "objective='elbo' for this model"
-            )
-        episode = split_batch(step.context.batch, self.context)
+        episode = episode_of(density, step, self.context)
         theta = guides.shared.sample(step.draws)
         context = guides.task.prepare(episode.context, density.tensors(episode.context))
         noise = guides.task.condition(theta, context).sample()
         target = density.tensors(episode.target)
         _, log_p = density.log_parts.mapped(theta, noise, target, guides.values, in_dims=BY_DRAW)
         score = log_p.logsumexp(0) - math.log(step.draws)
-        divergence = guides.shared.log_prob(theta) - density.log_prior(theta, guides.values)
-        loss = divergence.mean() / step.tasks - score.mean(dtype=torch.float64)
+        loss = _shared_divergence(density, guides, theta) / step.tasks - score.mean(dtype=torch.float64)
         return loss, {"log_p": log_p, "theta": theta, "noise": noise}
+
+
+@dataclass(frozen=True)
+class PredictiveBound:
+    """-E_q [log p(y_target | θ, φ)] + KL(q(φ | all rows, θ) | q(φ | context, θ)) a task, with KL(q(θ) | p(θ)).
+
+    φ is drawn from the posterior given all rows, context and target: what is known of a task from its context is the
+    prior of the target. It is a bound on the log density of the target that one draw estimates well, where "predictive"
+    needs many.
+
+    Args:
+        context: As in `Predictive`.
+
+    References:
+        Finn, Xu, Levine: Probabilistic Model-Agnostic Meta-Learning, 2018, https://arxiv.org/abs/1806.02817
+        Garnelo et al.: Neural Processes, 2018, https://arxiv.org/abs/1807.01622
+
+    Raises:
+        ValueError: If not 0 ≤ smallest ≤ largest.
+    """
+
+    context: tuple[int, int] = DEFAULT_CONTEXT
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.context)
+
+    def __call__(self, density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info]:
+        """The loss of one step, in nats a task.
+
+        Raises:
+            ValueError: The likelihood couples the rows of a task or does not mask padding.
+        """
+        episode = episode_of(density, step, self.context)
+        theta = guides.shared.sample(step.draws)
+        given = guides.task.condition(theta, guides.task.prepare(episode.context, density.tensors(episode.context)))
+        posterior = guides.task.condition(theta, step.context)
+        noise = posterior.sample()
+        target = density.tensors(episode.target)
+        _, log_p = density.log_parts.mapped(theta, noise, target, guides.values, in_dims=BY_DRAW)
+        bound = log_p + given.log_prob(noise) - posterior.log_prob(noise)
+        loss = _shared_divergence(density, guides, theta) / step.tasks - bound.mean(dtype=torch.float64)
+        return loss, {"log_p": log_p, "theta": theta, "noise": noise}
+
+
+EPISODIC: dict[str, Callable[[tuple[int, int]], Objective]] = {
+    "predictive": Predictive,
+    "predictive-elbo": PredictiveBound,
+}
+"""Objectives of a context and a target."""
+
+
+def _check_sizes(context: tuple[int, int]) -> None:
+    if len(context) != 2 or not 0 <= context[0] <= context[1]:
+        raise ValueError(f"context: expected sizes (lo, hi) with 0 <= lo <= hi, got {context}")
+
+
+def _shared_divergence(density: TaskDensity, guides: Guides, theta: Tensor) -> Tensor:
+    """KL(q(θ) | p(θ)) from draws."""
+    return (guides.shared.log_prob(theta) - density.log_prior(theta, guides.values)).mean()
+
+
+def episode_of(density: TaskDensity, step: Step, context: tuple[int, int]) -> Episode:
+    """The tasks of a step, split at random.
+
+    Raises:
+        ValueError: The likelihood couples the rows of a task or does not mask padding.
+    """
+    if density.structure.exact_size:
+        raise ValueError(
+            "predictive objectives need rows that are independent given φ, inside batch.observations(); use "
+            "objective='elbo' or 'pac-bayes' for this model"
+        )
+    return split_batch(step.context.batch, context)
 
 
 def split_batch(batch: Batch, context: tuple[int, int]) -> Episode:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import different
-from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_lower, solve_upper
+from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_factored
 from bayesmeta.inference.gradient import BY_DRAW, rows_seen, slope
 from bayesmeta.inference.laplace import NOWHERE, MixtureTasks, curvature_of, made_positive, mirrored
 from bayesmeta.inference.options import check_lengths
@@ -102,7 +102,7 @@ class SVGD(TaskGuide):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._unrolled):
             points, gradient, factor = self._moved(theta, context)
         shrinkage = self.shrinkage.sigmoid()
-        loc = points + (shrinkage * _solved(factor, gradient)).clamp(-LONGEST, LONGEST)
+        loc = points + (shrinkage * solve_factored(factor, gradient)).clamp(-LONGEST, LONGEST)
         factor = factor / (shrinkage * (2 - shrinkage)).sqrt()
         empty = (rows_seen(context.batch) == 0).unsqueeze(-1)
         loc = torch.where(empty, 0.0, loc)
@@ -149,9 +149,4 @@ def _direction(points: Tensor, gradient: Tensor, precision: Tensor) -> Tensor:
     mixed = torch.einsum("ij...,j...d->i...d", near, gradient)
     apart = points - torch.einsum("ij...,j...d->i...d", near, points)
     force = mixed + (2 / width)[..., None] * (metric @ apart.unsqueeze(-1)).squeeze(-1)
-    return _solved(cholesky(torch.einsum("ij...,j...de->i...de", near, precision)), force)
-
-
-def _solved(factor: Tensor, right: Tensor) -> Tensor:
-    """(L Lᵀ)⁻¹ r."""
-    return solve_upper(factor.mT, solve_lower(factor, right))
+    return solve_factored(cholesky(torch.einsum("ij...,j...de->i...de", near, precision)), force)

@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from bayesmeta.inference.pac_bayes import PACBayes
 from bayesmeta.inference.training import Optimizer
 
 Options = TypeVar("Options")
-NESTED = {"Optimizer": Optimizer}
+NESTED = {"Optimizer": Optimizer, "PACBayes": PACBayes}
 OBJECT = "object"
 
 

@@ -125,7 +125,7 @@ def standardized(function: nn.Module, likelihood: Any, tasks: bm.Tasks) -> tuple
 def _input_units(tasks: bm.Tasks) -> tuple[Tensor, Tensor]:
     """Location and scale of inputs; a constant keeps its scale, a code its value."""
     x = tasks.x.double()
-    scale = x.std(0, correction=0)
+    scale = x.std(0, correction=0) if x.numel() else torch.ones(x.shape[1:], dtype=x.dtype)
     codes = torch.tensor([name in tasks.schema.levels for name in tasks.schema.x], dtype=torch.bool)
     codes = codes if x.shape[1:] == codes.shape else torch.zeros(x.shape[1:], dtype=torch.bool)
     return torch.where(codes, 0.0, x.mean(0)), torch.where((scale > 0) & ~codes, scale, 1.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 import bayesmeta as bm
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.adaptation import _points
-from bayesmeta.inference.gaussian import GaussianTasks
+from bayesmeta.inference.gaussian import DiagonalTasks
 from bayesmeta.inference.protocols import Context
 
 RAGGED = ROWS | {"empty": []}
@@ -25,7 +25,7 @@ RAGGED = ROWS | {"empty": []}
 
 def adapted(
     model: TaskDensity, tasks: bm.Tasks, theta: Tensor, rate: float | None = None, **options: int
-) -> GaussianTasks:
+) -> DiagonalTasks:
     """The posterior of an untrained guide, with step sizes of its own or given ones."""
     guide = bm.guides.Variational(**options)
     guide.attach(model, tasks)
@@ -36,9 +36,9 @@ def adapted(
         return guide.condition(theta, guide.prepare(batch, model.tensors(batch)))
 
 
-def moments(posterior: GaussianTasks) -> tuple[np.ndarray, np.ndarray]:
+def moments(posterior: DiagonalTasks) -> tuple[np.ndarray, np.ndarray]:
     """Means and sds `(S, T, d)`."""
-    return posterior.loc.numpy(), 1 / posterior.factor.diagonal(dim1=-2, dim2=-1).numpy()
+    return posterior.loc.numpy(), posterior.sd.numpy()
 
 
 def errors(theta: Tensor, **options: int) -> tuple[float, float]:
@@ -146,7 +146,7 @@ def test_equal_theta_have_equal_posteriors_with_and_without_gradients() -> None:
     with torch.no_grad():
         plain = guide.condition(theta, context)
     torch.testing.assert_close(plain.loc, recorded.loc.detach())
-    torch.testing.assert_close(plain.factor, recorded.factor.detach())
+    torch.testing.assert_close(plain.sd, recorded.sd.detach())
     assert plain.loc.shape == (3, 6, 1) and torch.equal(plain.loc[0], plain.loc[1])
     recorded.loc.sum().backward()
     assert guide.log_rate.grad is not None and (guide.log_rate.grad.abs().amax((0, 2)) > 0).all()

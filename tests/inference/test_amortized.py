@@ -247,6 +247,12 @@ def test_theta_is_neither_drawn_away_nor_collapses_where_steps_see_some_of_the_t
     assert (scale / sd > 0.6).all() and (scale / sd < 1.7).all()
 
 
+@pytest.mark.parametrize(("objective", "count"), [("elbo", 1), ("iw", 8), ("predictive", 8), ("pac-bayes", 1)])
+def test_at_a_point_theta_only_logs_of_means_take_several_draws(objective: str, count: int) -> None:
+    options, tasks = Amortized(shared="map", objective=objective), make_tasks(ROWS)
+    assert amortized._draws(density(), options, len(tasks)) == count
+
+
 @pytest.mark.parametrize(("objective", "counts"), [("elbo", (8, 5, 2)), ("iw", (8, 8, 8)), ("predictive", (8, 8, 8))])
 def test_a_step_draws_fewer_posteriors_only_where_the_bound_is_their_mean(
     objective: str, counts: tuple[int, ...]
@@ -262,6 +268,6 @@ def test_a_step_draws_fewer_posteriors_only_where_the_bound_is_their_mean(
         alone = make_tasks({f"t{i}": [0.5] for i in range(tasks)})
         options = Amortized(objective=objective, optimizer=Optimizer(steps=1))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(amortized, "_objective", lambda options: spy)
+            patch.setattr(amortized, "_objective", lambda options, tasks: spy)
             fit_amortized(TaskDensity(known_mean, alone), alone, options, progress=False)
     assert tuple(found) == counts

@@ -116,5 +116,10 @@ def test_repeated_draws_of_theta_are_taken_once() -> None:
     assert len(some) == 4 and torch.equal(some[place], theta) and len(set(place.tolist())) == 3
     some, place = different(theta)
     assert some is theta and place.tolist() == [0, 1, 2, 3, 4], "gradients cannot pass through a choice"
+    point = torch.tensor([0.5, 1.0], requires_grad=True)
+    some, place = different(point.expand(6, -1))
+    assert some.shape == (1, 2) and place.tolist() == [0] * 6
+    some[place].sum().backward()
+    assert point.grad is not None and point.grad.tolist() == [6.0, 6.0]
     some, place = different(torch.zeros(7, 0))
     assert some.shape == (1, 0) and some[place].shape == (7, 0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conjugate import ROWS, ExactGuide, close, exact, exact_guides, known_mean, make_tasks, setting
+from conjugate import ROWS, SIGMA, TAU, WIDE, ExactGuide, close, exact, exact_guides, known_mean, make_tasks, setting
 
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import correction
@@ -69,6 +69,28 @@ def test_a_q_far_from_the_posterior_is_reported() -> None:
     assert drawn.status == "uncorrected" and drawn.khat > 0.7
 
 
+def test_where_few_draws_would_count_those_of_q_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in hundreds of dimensions: a handful of weighted draws of the wide proposal would look like certainty."""
+    monkeypatch.setattr(correction, "MIN_EFFECTIVE", DRAWS)
+    drawn = corrected(shift=1.0)
+    assert drawn.status == "uncorrected" and np.isfinite(drawn.khat) and 0 < drawn.ess < 1
+    answer = truth()
+    assert close(*moments(drawn), (answer[0] + answer[1], answer[1]), DRAWS)
+    assert len(np.unique(drawn.log_weight)) == 1
+
+
+@pytest.mark.parametrize("share", [0.25, 2.0])
+def test_a_share_of_the_evidence_is_a_power_of_it(share: float) -> None:
+    density, guides, data = setting(ROWS)
+    drawn = correct_shared(density, guides, data, draws=DRAWS, share=share)
+    sizes = np.array([len(y) for y in ROWS.values()])
+    precision = share / (TAU**2 + SIGMA**2 / sizes)
+    total = 1 / WIDE**2 + precision.sum()
+    answer = precision @ np.array([np.mean(y) for y in ROWS.values()]) / total
+    assert drawn.status == "corrected"
+    assert close(*moments(drawn), (answer, total**-0.5), DRAWS * drawn.ess)
+
+
 def test_noisy_evidence_of_many_tasks_leaves_q_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several hundred tasks with a poor guide: the variance of their summed evidence is too large at M candidates."""
     monkeypatch.setattr(correction, "MAX_PER_THETA", 8)
@@ -84,10 +106,10 @@ def test_noisy_evidence_of_many_tasks_leaves_q_as_it_is(monkeypatch: pytest.Monk
 
 
 def test_more_candidates_are_drawn_where_the_evidence_is_noisy() -> None:
-    few = correction._enough_candidates(*setting(ROWS), correction.MAX_PER_THETA)
+    few = correction._enough_candidates(*setting(ROWS), correction.MAX_PER_THETA, 1.0)
     density, guides, tasks = setting(ROWS)
     guides.task = ExactGuide(2.5, 0.5)
-    many = correction._enough_candidates(density, guides, tasks, correction.MAX_PER_THETA)
+    many = correction._enough_candidates(density, guides, tasks, correction.MAX_PER_THETA, 1.0)
     assert few[0] == correction.PER_THETA and correction.PER_THETA < many[0] <= correction.MAX_PER_THETA
     assert few[1] < correction.MAX_VARIANCE
 

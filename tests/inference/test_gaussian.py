@@ -8,12 +8,14 @@ from torch.distributions import MultivariateNormal
 
 from bayesmeta.inference.gaussian import (
     HEAVY_DF,
+    DiagonalTasks,
     GaussianTasks,
     Lower,
     NaturalTasks,
     SkewedTasks,
     cholesky,
     heavy_scale,
+    solve_factored,
     solve_lower,
     solve_upper,
 )
@@ -137,3 +139,19 @@ def test_skewed_noise_is_invertible_and_normalised_and_nothing_without_skewness(
     torch.testing.assert_close(plain.push(white), base.push(white), rtol=1e-12, atol=1e-12)
     for one, other in zip(plain.pull(noise), base.pull(noise), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_independent_coordinates_are_gaussians_with_a_diagonal_factor() -> None:
+    loc, sd, points = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+    found, dense = DiagonalTasks(loc, sd.exp()), GaussianTasks(loc, torch.diag_embed((-sd).exp()))
+    for one, two in zip(found.log_probs(points), dense.log_probs(points), strict=True):
+        torch.testing.assert_close(one, two)
+    torch.testing.assert_close(found.push(points), dense.push(points))
+    assert found.example.shape == found.sample().shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_factor_solves_for_its_product(dim: int) -> None:
+    matrix, right = matrices(dim, 3), torch.randn(3, dim, dtype=torch.float64)
+    found = solve_factored(torch.linalg.cholesky(matrix), right)
+    torch.testing.assert_close((matrix @ found.unsqueeze(-1)).squeeze(-1), right)

@@ -13,6 +13,7 @@ from scenarios import make_tasks as make_lines
 
 import bayesmeta as bm
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.gaussian import DiagonalTasks
 from bayesmeta.inference.gradient import LONGEST_STEP, limited, rows_seen, slope
 from bayesmeta.inference.protocols import Context
 
@@ -24,6 +25,13 @@ def mean_model(batch: bm.Batch) -> None:
         phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
         with batch.observations():
             pyro.sample("y", dist.Normal(phi, SD), obs=batch.y)
+
+
+def two_means(batch: bm.Batch) -> None:
+    with batch.tasks():
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with batch.observations():
+            pyro.sample("y", dist.Normal((phi * batch.x).sum(-1), SD), obs=batch.y)
 
 
 def tasks_of(sizes: list[int]) -> bm.Tasks:
@@ -53,6 +61,28 @@ def test_one_step_with_the_right_curvature_is_exact() -> None:
     bent = LONGEST_STEP * torch.tanh(exact / LONGEST_STEP)
     torch.testing.assert_close(posterior.loc[0, :, 0], bent, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(posterior.factor[0, :, 0, 0], (1 + n / SD**2).sqrt(), rtol=1e-6, atol=1e-9)
+
+
+def test_with_a_diagonal_curvature_one_step_is_exact_where_coordinates_are_independent() -> None:
+    """Two numbers a task, each with rows of its own kind: the Hessian is diagonal, and so is the posterior."""
+    tasks = bm.Tasks.from_arrays([np.eye(2)[[0, 1] * n] for n in (1, 3)] + [np.zeros((0, 2))], [
+        np.tile([2.0, -1.0], n) for n in (1, 3, 0)
+    ])  # fmt: skip
+    density = TaskDensity(two_means, tasks)
+    guide = bm.guides.Gradient(steps=1, curvature="diagonal")
+    guide.attach(density, tasks)
+    torch.testing.assert_close(guide.log_curvature.exp().detach(), torch.full((2,), 0.5 / SD**2).double() * 2 / 3)
+    with torch.no_grad():
+        guide.log_curvature.fill_(np.log(0.5 / SD**2))
+        guide.log_rate.zero_()
+    batch = tasks.batch(slice(None))
+    found = guide.condition(torch.zeros(2, 0, dtype=torch.float64), guide.prepare(batch, density.tensors(batch)))
+    assert isinstance(found, DiagonalTasks)
+    n = torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64)[:, None]
+    precision = (1 + n / SD**2).expand(3, 2)
+    exact = n * torch.tensor([2.0, -1.0]) / SD**2 / precision
+    torch.testing.assert_close(found.loc[1], LONGEST_STEP * torch.tanh(exact / LONGEST_STEP))
+    torch.testing.assert_close(found.sd[1], precision.rsqrt())
 
 
 def test_more_steps_come_closer_to_the_mode() -> None:
@@ -122,3 +152,8 @@ def test_rows_without_a_label_are_not_seen() -> None:
 def test_steps_must_be_a_positive_whole_number(steps: object) -> None:
     with pytest.raises(ValueError, match="Gradient: steps must be a whole number of at least 1"):
         bm.guides.Gradient(steps=steps)  # type: ignore[arg-type]
+
+
+def test_curvature_must_be_full_or_diagonal() -> None:
+    with pytest.raises(ValueError, match='Gradient: curvature must be "full" or "diagonal", got \'low\''):
+        bm.guides.Gradient(curvature="low")  # type: ignore[arg-type]

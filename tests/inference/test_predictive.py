@@ -12,9 +12,11 @@ import torch
 
 import bayesmeta as bm
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.gaussian import DiagonalTasks
 from bayesmeta.inference.guides import NaturalGuide
 from bayesmeta.inference.objectives import Guides, Step
-from bayesmeta.inference.predictive import Predictive, split_batch
+from bayesmeta.inference.predictive import Predictive, PredictiveBound, split_batch
+from bayesmeta.inference.protocols import Context, TaskGuide
 from bayesmeta.inference.shared import NormalShared
 
 SIZES = (6, 3, 1, 0)
@@ -33,6 +35,32 @@ def learned_prior(batch: bm.Batch) -> None:
         phi = pyro.sample("phi", dist.Normal(mu, tau))
         with batch.observations():
             pyro.sample("y", dist.Normal(phi, 0.5), obs=batch.y)
+
+
+class KnownPrior(TaskGuide):
+    """The exact posterior of `known_prior`, its spread given all rows of a task multiplied by e^`off` a row."""
+
+    def __init__(self, off: float = 0.0) -> None:
+        super().__init__()
+        self.off = off
+
+    def condition(self, theta: torch.Tensor, context: Context) -> DiagonalTasks:
+        """N(Σ y / .25 Λ⁻¹, Λ⁻¹), Λ = 1 + n / .25."""
+        batch = context.batch
+        precision = (1 + batch.n.double() / 0.25).unsqueeze(-1)
+        loc = torch.where(batch.mask, batch.y.double(), 0.0).sum(1, keepdim=True) / 0.25 / precision
+        sd = precision.rsqrt() * torch.exp(self.off * batch.n.double()).unsqueeze(-1)
+        return DiagonalTasks(loc.expand(len(theta), -1, -1), sd.expand(len(theta), -1, -1))
+
+
+def evidence(batch: bm.Batch) -> torch.Tensor:
+    """Log p(y) of each task under `known_prior`, `(T,)`."""
+    found = []
+    for y, mask in zip(batch.y.double(), batch.mask, strict=True):
+        n = int(mask.sum())
+        normal = dist.MultivariateNormal(torch.zeros(n).double(), 1.0 + 0.25 * torch.eye(n).double())
+        found.append(normal.log_prob(y[mask]))
+    return torch.stack(found)
 
 
 def table(sizes: tuple[int, ...], mean: float = 0.0, seed: int = 0) -> bm.Tasks:
@@ -96,10 +124,39 @@ def coupled(batch: bm.Batch) -> None:
         pyro.sample("y", dist.MultivariateNormal(loc, torch.eye(rows)), obs=batch.y.unsqueeze(-2))
 
 
+def test_with_exact_posteriors_the_bound_is_the_log_density_of_the_target() -> None:
+    """Draw by draw: log p(target | φ) + log p(φ | context) − log p(φ | all rows) does not depend on φ."""
+    tasks = table((6, 3, 4))
+    density, guide = TaskDensity(known_prior, tasks), KnownPrior()
+    guides, batch = Guides(NormalShared(*density.prior_scale()), guide), tasks.batch(slice(None))
+    step = Step(guide.prepare(batch, density.tensors(batch)), len(tasks), draws=3)
+    torch.manual_seed(5)
+    episode = split_batch(batch, (1, 2))
+    torch.manual_seed(5)
+    loss, info = PredictiveBound((1, 2))(density, guides, step)
+    whole, given = (evidence(one) for one in (batch, episode.context))
+    assert -float(loss.detach()) == pytest.approx(float((whole - given).mean()), abs=1e-9)
+    assert info["log_p"].shape == (3, 3)
+
+
+def test_a_guide_that_is_off_lowers_the_bound() -> None:
+    tasks = table((6, 3, 4))
+    density = TaskDensity(known_prior, tasks)
+    batch, lost = tasks.batch(slice(None)), []
+    for guide in (KnownPrior(), KnownPrior(0.3)):
+        step = Step(guide.prepare(batch, density.tensors(batch)), len(tasks), draws=2000)
+        torch.manual_seed(5)
+        loss, _ = PredictiveBound((1, 2))(density, Guides(NormalShared(*density.prior_scale()), guide), step)
+        lost.append(float(loss.detach()))
+    assert lost[1] > lost[0] + 0.02
+
+
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="context= belongs to objective='predictive'"):
+    with pytest.raises(ValueError, match="context= belongs to objective='predictive' or 'predictive-elbo'"):
         bm.Amortized(context=(0, 5))
     with pytest.raises(ValueError, match=r"expected sizes \(lo, hi\) with 0 <= lo <= hi, got \(3, 1\)"):
         Predictive((3, 1))
-    with pytest.raises(ValueError, match="objective 'predictive' needs rows that are independent given φ"):
+    with pytest.raises(ValueError, match=r"expected sizes \(lo, hi\) with 0 <= lo <= hi, got \(3, 1\)"):
+        PredictiveBound((3, 1))
+    with pytest.raises(ValueError, match="predictive objectives need rows that are independent given φ"):
         bm.fit(coupled, table((3, 3, 4)), method=bm.Amortized(objective="predictive"), progress=False)

@@ -5,7 +5,6 @@ The generator: y = a + ε, a ~ N(0, 1), ε ~ N(0, .3²), x without meaning. Its 
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import pathlib
@@ -15,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from levels import NOISE, ROWS, code_lines, exact, levels
 
 import bayesmeta as bm
 from bayesmeta.data.episodes import Episode
 from bayesmeta.inference.conditional import predictive
-from bayesmeta.models import neural_processes
+from bayesmeta.models import maml, neural_processes
 
 SMALL = {"width": 32, "depth": 2}
 DRAWS = neural_processes.Draws(8, training=8, mixture=32)
@@ -30,6 +30,7 @@ LEARNERS: dict[str, Callable[..., bm.ConditionalModel]] = {
     "attentive cnp": functools.partial(neural_processes.attentive_np.build, **SMALL, latent=None),
     "tnp": functools.partial(neural_processes.tnp.build, **SMALL),
     "conv cnp": functools.partial(neural_processes.conv_cnp.build, width=32, depth=3, points=8),
+    "maml": functools.partial(maml.build, hidden=(16, 16)),
 }
 OUTPUTS = [
     neural_processes.outputs.Normal(),
@@ -38,33 +39,7 @@ OUTPUTS = [
     neural_processes.outputs.Bernoulli(),
     neural_processes.outputs.Categorical(3),
 ]
-NOISE, ROWS, NEW = 0.3, 6, 400
-
-
-def levels(count: int, seed: int) -> bm.Tasks:
-    rng = np.random.default_rng(seed)
-    y = rng.normal(size=(count, 1)) + NOISE * rng.normal(size=(count, ROWS))
-    x = rng.uniform(-2, 2, size=(count, ROWS, 1))
-    return bm.Tasks.from_arrays(list(x), list(y), names=[f"{seed}.{i}" for i in range(count)])
-
-
-def exact(context: bm.Tasks) -> torch.distributions.Normal:
-    """The exact predictive of any row of each task `(T, 1)`."""
-    batch = context.batch(slice(None))
-    precision = 1 + batch.n / NOISE**2
-    loc = (batch.y * batch.mask).sum(1) / NOISE**2 / precision
-    return torch.distributions.Normal(loc[:, None], (1 / precision + NOISE**2).sqrt()[:, None])
-
-
-def code_lines(path: pathlib.Path) -> int:
-    """Lines of a file that are neither empty nor of a docstring."""
-    text = path.read_text(encoding="utf-8")
-    nodes = [
-        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-    ]
-    docs = [node.body[0] for node in nodes if ast.get_docstring(node) is not None]
-    described = {line for doc in docs for line in range(doc.lineno, (doc.end_lineno or 0) + 1)}
-    return sum(bool(line.strip()) and number not in described for number, line in enumerate(text.splitlines(), 1))
+NEW = 400
 
 
 def steps(count: int) -> bm.Amortized:
