@@ -160,7 +160,7 @@ class _Climber:
             if self.replaced is not None:
                 gaussian &= are_gaussian(self.density, self.replaced[positions], self.theta)
             if gaussian.any():
-                self._weigh(self._attached(ExactGuide()), positions[gaussian])
+                self._weigh(self._attached(ExactGuide(tested=True)), positions[gaussian])
 
     def laplace(self) -> None:
         """Laplace proposals from several starts."""

@@ -8,7 +8,17 @@ from bayesmeta.data.families.base import Family
 from bayesmeta.data.families.cauchy import Cauchy
 from bayesmeta.data.families.drifting import DriftingSinusoids
 from bayesmeta.data.families.gaussian_processes import GaussianProcesses
+from bayesmeta.data.families.kernels import KERNELS
 from bayesmeta.data.families.sawtooth import Sawtooth
 from bayesmeta.data.families.sinusoids import SinusoidOrLine, Sinusoids
 
-__all__ = ["Cauchy", "DriftingSinusoids", "Family", "GaussianProcesses", "Sawtooth", "SinusoidOrLine", "Sinusoids"]
+__all__ = [
+    "KERNELS",
+    "Cauchy",
+    "DriftingSinusoids",
+    "Family",
+    "GaussianProcesses",
+    "Sawtooth",
+    "SinusoidOrLine",
+    "Sinusoids",
+]
