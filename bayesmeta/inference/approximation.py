@@ -70,7 +70,7 @@ class Comparison:
 
 
 def assess(
-    density: TaskDensity, evidence: Evidence, tasks: Tasks, shared: SharedDraws, *, point: bool
+    density: TaskDensity, evidence: Evidence, tasks: Tasks, shared: SharedDraws, *, point: bool = False
 ) -> dict[str, float]:
     """The error of the marginal's evidence at draws of θ: entries "error" and "noise", in nats of Σ log p̂.
 

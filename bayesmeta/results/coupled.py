@@ -172,16 +172,19 @@ class NormalRows(CoupledRows):
         n, _ = piece.rows
         data = join_rows(piece.context, piece.target)
         values = dict(self.density.learned.values)
+        singular = ValueError(
+            f"site {self.site!r}: the covariance of a task's rows together with the new ones is not positive "
+            "definite; add a little noise to its diagonal, or leave out new rows that repeat others"
+        )
         try:
             sites = self.density.normals.mapped(piece.theta, piece.noise, data, values, in_dims=BY_PAIR)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"site {self.site!r}: the covariance of a task's rows together with the new ones is not positive "
-                "definite; add a little noise to its diagonal, or leave out new rows that repeat others"
-            ) from error
+            raise singular from error
         if self.site not in sites:
             raise ValueError(_COUPLED.format(site=self.site))
         loc, factor, labels = (part.flatten(0, 2) for part in sites[self.site])
+        if bool(factor.diagonal(dim1=-2, dim2=-1).isinf().any()):  # what a recorded graph gives where there is none
+            raise singular
         white = torch.linalg.solve_triangular(
             factor[:, :n, :n], (labels[:, :n] - loc[:, :n]).unsqueeze(-1), upper=False
         )
