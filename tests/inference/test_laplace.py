@@ -156,3 +156,21 @@ def test_modes_of_a_model_with_every_kind_of_support() -> None:
     begin = torch.randn(3, 2, 3, read.structure.task_size, dtype=torch.float64)
     found, there = modes_at(read, read.tensors(tasks.batch([0, 1, 2])), theta, begin)
     assert bool(found.converged[0].all()) and bool(there[0].all())
+
+
+def test_at_a_point_estimate_modes_are_looked_for_once() -> None:
+    """64 equal draws of θ: one anchor counts, from twice as many starts; shares are those of a search at several θ."""
+    read, tasks = density("squares"), make_tasks(SQUARES)
+    batch = tasks.batch([0, 1, 2])
+    theta = torch.full((1, 1), 0.2, dtype=torch.float64)
+    found = []
+    for anchors in (theta.expand(100, 1), torch.cat([theta.expand(99, 1), theta + 1e-9])):
+        guide = LaplaceGuide.around(anchors)
+        guide.attach(read, tasks)
+        context = guide.prepare(batch, read.tensors(batch))
+        found.append((context.summary, guide.condition(theta.expand(5, 1), context)))
+    assert found[0][0]["loc"].shape[1] == 1 and found[1][0]["loc"].shape[1] == ANCHORS
+    (_, one), (_, many) = found
+    assert isinstance(one, MixtureTasks) and one.log_share.shape == (2, 5, 3)
+    noise = torch.linspace(-3, 3, 5, dtype=torch.float64)[:, None, None].expand(5, 3, 1)
+    torch.testing.assert_close(one.log_prob(noise), many.log_prob(noise), atol=1e-5, rtol=1e-5)

@@ -15,6 +15,7 @@ import bayesmeta as bm
 from bayesmeta.models import hierarchical_gp
 
 SHARED = {"mu": [-1.0, -0.7], "tau": [0.5, 0.6], "sigma": 0.1}
+DOUBLE: Any = {"dtype": torch.float64}
 MAP = bm.Marginal(shared="map", chains=1)
 
 
@@ -79,13 +80,13 @@ def test_covariances_are_the_families(kernel: str) -> None:
     """Scale, length and period stand where they belong; two lengths are two units of x."""
     model = hierarchical_gp.build(kernel)
     values = {"log_length": 0.3, "log_period": 0.4, "log_scale": 2.0}
-    phi = (
-        torch.tensor([math.log(values[block.name]) for block in model.predictor.blocks.all]).double().reshape(1, 1, -1)
+    phi = torch.tensor([math.log(values[block.name]) for block in model.predictor.blocks.all], **DOUBLE).reshape(
+        1, 1, -1
     )
-    x = torch.tensor([0.0, 0.1, 0.7, 0.7]).double().reshape(1, 4, 1)
+    x = torch.tensor([0.0, 0.1, 0.7, 0.7], **DOUBLE).reshape(1, 4, 1)
     found = model.predictor(phi, x)
     delta = x.unsqueeze(-2) - x.unsqueeze(-3)
-    length, period = torch.tensor(0.3).double(), torch.full((1, 1, 1), 0.4).double()
+    length, period = torch.tensor(0.3, **DOUBLE), torch.full((1, 1, 1), 0.4, **DOUBLE)
     expected = 4 * bm.families.KERNELS[kernel](delta, length, period)
     torch.testing.assert_close(found[..., :-1], expected + 4e-9 * torch.eye(4).double(), atol=1e-12, rtol=1e-12)
     assert not found[..., -1].any()
@@ -93,8 +94,8 @@ def test_covariances_are_the_families(kernel: str) -> None:
 
 def test_each_input_has_a_length() -> None:
     predictor = hierarchical_gp.build(dim=2).predictor
-    phi = torch.tensor([2.0, 0.5, 1.0]).log().double().reshape(1, 1, 3)
-    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 0.5]]).double().unsqueeze(0)
+    phi = torch.tensor([2.0, 0.5, 1.0], **DOUBLE).log().reshape(1, 1, 3)
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 0.5]], **DOUBLE).unsqueeze(0)
     near = math.exp(-0.5)
     np.testing.assert_allclose(predictor(phi, x)[0, 0, :3], [1 + 1e-9, near, near], rtol=1e-12)
 
@@ -105,7 +106,7 @@ def test_rows_that_coincide_have_derivatives(kernel: str) -> None:
     net = nn.Linear(1, 1).double()
     predictor = hierarchical_gp.build(kernel, features=net).predictor
     phi = torch.zeros(1, 1, 2).double().requires_grad_()
-    total = predictor(phi, torch.tensor([0.2, 0.2, 1.0]).double().reshape(1, 3, 1)).sum()
+    total = predictor(phi, torch.tensor([0.2, 0.2, 1.0], **DOUBLE).reshape(1, 3, 1)).sum()
     first = torch.autograd.grad(total, [phi, net.weight], create_graph=True)
     second = torch.autograd.grad(first[0].sum(), [phi, net.weight])
     assert all(bool(part.isfinite().all()) and bool(part.any()) for part in (*first, *second))
