@@ -112,7 +112,7 @@ def _divergence(inside: Inside, tasks: Tasks) -> np.ndarray:
     excess = sweep(density, guides, tasks, repeated, lambda c, part: (_excess(density, guides, c, part),))[0]
     gaussian = are_gaussian(density, tasks, theta)
     evidence = np.empty(len(tasks))
-    exact: TaskGuide = ExactGuide()
+    exact: TaskGuide = ExactGuide(tested=True)
     for guide, some, each in ((exact, gaussian, 1), (LaplaceGuide.around(theta), ~gaussian, PER_THETA)):
         if some.any():
             guide.attach(density, tasks)

@@ -7,6 +7,7 @@ are common to all θ: what is left of their noise hardly moves with θ, and only
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from bayesmeta.inference.weighing import resample_theta
 
 LOOKED_AT = 64
 """θ at which the evidence is compared."""
+LOOKED_AT_AROUND_A_POINT = 16
+"""Likewise where θ is a point: nothing is reweighed, only reported."""
 CHECKED_TASKS = 1000
 """Of more tasks a sample is looked at; the error then grows with the number of tasks."""
 CANDIDATES = 16
@@ -66,15 +69,26 @@ class Comparison:
         return float((self.ratios[0] - self.ratios[1]).std() / 2)
 
 
-def assess(density: TaskDensity, evidence: Evidence, tasks: Tasks, shared: SharedDraws) -> dict[str, float]:
-    """The error of the marginal's evidence at draws of θ: entries "error" and "noise", in nats of Σ log p̂."""
+def assess(
+    density: TaskDensity, evidence: Evidence, tasks: Tasks, shared: SharedDraws, *, point: bool = False
+) -> dict[str, float]:
+    """The error of the marginal's evidence at draws of θ: entries "error" and "noise", in nats of Σ log p̂.
+
+    Args:
+        density: The model.
+        evidence: The marginal's evidence.
+        tasks: The training tasks.
+        shared: Draws of θ; of a point estimate, draws around it.
+        point: Whether θ is a point.
+    """
     tasks = tasks[np.flatnonzero(np.asarray(tasks.sizes) > 0)]
     scale = 1.0
     if len(tasks) > CHECKED_TASKS:
         scale = len(tasks) / CHECKED_TASKS
         tasks = tasks[np.sort(torch.randperm(len(tasks))[:CHECKED_TASKS].numpy())]
         evidence = Evidence(density, tasks, kind=evidence.kind, calls=LOOKED_AT)
-    found = compare(density, evidence, tasks, resample_theta(shared, LOOKED_AT))
+    theta = resample_theta(shared, LOOKED_AT_AROUND_A_POINT if point else LOOKED_AT)
+    found = compare(density, evidence, tasks, theta)
     return {"error": scale * found.error, "noise": scale * found.noise}
 
 
@@ -95,34 +109,56 @@ def compare(density: TaskDensity, evidence: Evidence, tasks: Tasks, theta: Tenso
     """Compares estimates of the evidence at draws of θ `(S, d_theta)`, with as many candidates as they need."""
     values = list(density.learned.values.values())
     own = torch.stack([evidence(at, values)[0] for at in theta]) - density.log_prior(theta)
+    prepared = _prepared(density, tasks, theta)
     per_theta, most = CANDIDATES, max(CANDIDATES, min(MOST_CANDIDATES, BUDGET // (len(theta) * len(tasks))))
     while True:
-        found = Comparison(_estimates(density, tasks, theta, per_theta) - own)
+        found = Comparison(_estimates(density, prepared, len(theta), per_theta) - own)
         if found.noise < TOLERATED / 2 or per_theta >= most or not math.isfinite(found.noise):
             return found
         needed = per_theta * (2 * found.noise / TOLERATED) ** 2
         per_theta = min(most, max(2 * per_theta, math.ceil(needed)))
 
 
-def _estimates(density: TaskDensity, tasks: Tasks, theta: Tensor, per_theta: int) -> Tensor:
-    """Two estimates of Σ log p(D_i | θ_s), `(2, S)`."""
-    total = torch.zeros(2, len(theta), dtype=torch.float64)
-    around = LaplaceGuide.around(theta)
-    guides = Guides(PointShared(*density.prior_scale()), around, dict(density.learned.values))
+@dataclass(frozen=True)
+class _Part:
+    """Some tasks at some θ: where these belong, how many tasks count, and the modes of the tasks there."""
+
+    place: slice
+    tasks: int
+    theta: Tensor
+    guide: LaplaceGuide
+    context: Context
+
+
+def _prepared(density: TaskDensity, tasks: Tasks, theta: Tensor) -> list[list[_Part]]:
+    """The modes of all tasks at every θ, tasks in chunks."""
+    scale = LaplaceGuide.around(theta).scale
+    found = []
     with torch.no_grad():
         for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
-            data, seed = density.tensors(chunk.batch), int(torch.randint(2**62, ()))
-            for place, part in theta_chunks(theta, chunk.batch):
-                guide = LaplaceGuide(part, around.scale)
+            data, parts = density.tensors(chunk.batch), []
+            for place, some in theta_chunks(theta, chunk.batch):
+                guide = LaplaceGuide(some, scale)
                 guide.attach(density, tasks)
-                context = guide.prepare(chunk.batch, data)
-                guides.task = guide
-                for half in range(2):
-                    generator = torch.Generator().manual_seed(seed ^ half)
-                    weights = _weights(density, guides, context, part, generator, per_theta)
-                    evidence = torch.stack(list(weights)).logsumexp(0) - math.log(per_theta)
-                    kept = evidence[: place.stop - place.start, : len(chunk.index)]
-                    total[half, place] += kept.sum(1, dtype=torch.float64)
+                parts.append(_Part(place, len(chunk.index), some, guide, guide.prepare(chunk.batch, data)))
+            found.append(parts)
+    return found
+
+
+def _estimates(density: TaskDensity, prepared: list[list[_Part]], draws: int, per_theta: int) -> Tensor:
+    """Two estimates of Σ log p(D_i | θ_s), `(2, S)`."""
+    total = torch.zeros(2, draws, dtype=torch.float64)
+    shared, values = PointShared(*density.prior_scale()), dict(density.learned.values)
+    with torch.no_grad():
+        for parts in prepared:
+            seed = int(torch.randint(2**62, ()))
+            for part, half in itertools.product(parts, range(2)):
+                guides = Guides(shared, part.guide, values)
+                generator = torch.Generator().manual_seed(seed ^ half)
+                weights = _weights(density, guides, part.context, part.theta, generator, per_theta)
+                evidence = torch.stack(list(weights)).logsumexp(0) - math.log(per_theta)
+                kept = evidence[: part.place.stop - part.place.start, : part.tasks]
+                total[half, part.place] += kept.sum(1, dtype=torch.float64)
     return total
 
 

@@ -25,7 +25,7 @@ from bayesmeta.hierarchy.derivatives import curvature
 from bayesmeta.inference.collected import Block, Collected
 from bayesmeta.inference.exact import log_evidence
 from bayesmeta.inference.gaussian import Lower
-from bayesmeta.inference.laplace import Modes, find_modes
+from bayesmeta.inference.newton import Modes, find_modes
 
 logger = logging.getLogger("bayesmeta")
 

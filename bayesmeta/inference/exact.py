@@ -28,6 +28,10 @@ RADII = (0.5, 1.0, 2.0, 4.0, 7.0, 10.0, 15.0, 20.0)
 SCATTERED = 16
 """How often further points are drawn, twice as wide as the prior."""
 THETAS = 3
+TRIED = 0.3
+"""θ at which all tasks are tried are normal around the prior's centre with this sd, in prior units."""
+TRIED_TASKS = 64
+"""How many tasks a guide tries."""
 TOLERANCE = 1e-9
 BY_DRAW = (0, 0, None, None)
 
@@ -44,14 +48,31 @@ class ExactTasks(GaussianTasks):
 
 
 class ExactGuide(TaskGuide):
-    """The closed-form posterior of Gaussian tasks; of other tasks it is wrong."""
+    """The closed-form posterior of Gaussian tasks; nothing is trained but the model.
+
+    Args:
+        tested: The tasks that it meets are known to be Gaussian; of others it would be wrong.
+    """
 
     method = "exact"
     rounded = True
 
+    def __init__(self, *, tested: bool = False) -> None:
+        super().__init__()
+        self._tested = tested
+
     def attach(self, density: TaskDensity, tasks: Tasks) -> None:
-        """Keeps the model."""
+        """Keeps the model.
+
+        Raises:
+            ValueError: Some of the first tasks are not Gaussian, or the densities are in single precision.
+        """
         self._density = density
+        if not self._tested and not all_gaussian(density, tasks[:TRIED_TASKS]):
+            raise ValueError(
+                "guides.Exact: expected tasks whose log joint is quadratic in φ (normal labels, linear in φ, normal "
+                "prior, dtype=torch.float64), got others; leave guide= out, or use method='marginal'"
+            )
 
     def condition(self, theta: Tensor, context: Context) -> ExactTasks:
         """p(φ | D, θ) and p(D | θ) of every task for every θ `(S, d_theta)`."""
@@ -80,6 +101,13 @@ def log_evidence(value: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     half = lower.solve(gradient.movedim(-1, 0))
     constant = 0.5 * gradient.shape[-1] * math.log(2 * math.pi)
     return value + 0.5 * half.square().sum(0) - lower.log_det() + constant
+
+
+def all_gaussian(density: TaskDensity, tasks: Tasks) -> bool:
+    """Whether tasks are Gaussian at θ around the prior's centre."""
+    location, scale = density.prior_scale()
+    theta = location + TRIED * scale * torch.randn(THETAS, len(location), dtype=density.dtype)
+    return bool(are_gaussian(density, tasks, theta).all())
 
 
 def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor, *, suspected: Tensor | None = None) -> np.ndarray:

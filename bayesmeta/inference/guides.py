@@ -20,6 +20,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.networks import MLP, RowInputs
 from bayesmeta.inference.adaptation import Variational as Variational
 from bayesmeta.inference.diagonal_svgd import DiagonalSVGD as DiagonalSVGD
+from bayesmeta.inference.exact import ExactGuide
 from bayesmeta.inference.gaussian import Lower, NaturalTasks
 from bayesmeta.inference.gradient import Gradient as Gradient
 from bayesmeta.inference.loadings import ThetaStandardiser
@@ -28,6 +29,7 @@ from bayesmeta.inference.svgd import SVGD as SVGD
 
 QUADRATIC_INPUTS = 12
 """Up to so many row inputs, their products join the learned features: linear Gaussian tasks are then exact."""
+Exact = ExactGuide
 MAX_BEND = 5.0
 """Bound on the log scale by which the residual head bends a precision."""
 

@@ -35,6 +35,8 @@ from bayesmeta.inference.weighing import (
 REFINEMENTS = ("auto", "none", "laplace", "nuts")
 LEAST_DRAWS = 200
 """Fewer weights are not judged: whoever wants fewer draws gets some of these."""
+JUDGED = 1000
+"""Weights by which Laplace proposals of a new task are judged: k̂ of fewer is so noisy that it fails good ones."""
 SUSPECTED = 48
 """Draws of a guide that failed at which a task must be Gaussian to count as such."""
 AUDITED = 0.05
@@ -160,13 +162,14 @@ class _Climber:
             if self.replaced is not None:
                 gaussian &= are_gaussian(self.density, self.replaced[positions], self.theta)
             if gaussian.any():
-                self._weigh(self._attached(ExactGuide()), positions[gaussian])
+                self._weigh(self._attached(ExactGuide(tested=True)), positions[gaussian])
 
     def laplace(self) -> None:
         """Laplace proposals from several starts."""
         positions = self.found.open
         if len(positions):
-            self._weigh(self._attached(LaplaceGuide.around(self.theta)), positions)
+            each = 1 if self.known else math.ceil(JUDGED / len(self.theta))
+            self._weigh(self._attached(LaplaceGuide.around(self.theta)), positions, each=each)
 
     def chains(self, *, every: bool = False) -> None:
         """Markov chains."""
@@ -189,13 +192,14 @@ class _Climber:
         guide.attach(self.density, self.tasks)
         return guide
 
-    def _weigh(self, guide: TaskGuide, positions: np.ndarray) -> None:
+    def _weigh(self, guide: TaskGuide, positions: np.ndarray, *, each: int = 1) -> None:
+        """Weighs draws of a guide, of new tasks `each` at every θ."""
         guides, tasks = replace(self.guides, task=guide), self.tasks[positions]
         if self.known:
             drawn = weigh_known(self.density, guides, self.theta, tasks)
         else:
             old = None if self.replaced is None else self.replaced[positions]
-            drawn = weigh_new(self.density, guides, self.theta, tasks, replaced=old)
+            drawn = weigh_new(self.density, guides, self.theta.repeat_interleave(each, 0), tasks, replaced=old)
         self.found.put([(np.arange(len(positions)), drawn)], positions)
 
     def _modes(self, positions: np.ndarray) -> np.ndarray:

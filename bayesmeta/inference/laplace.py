@@ -1,4 +1,4 @@
-"""Modes and curvatures of task posteriors by damped Newton steps, for all tasks at once.
+"""Modes and curvatures of task posteriors, for all tasks at once, and Gaussians around them.
 
 They are the proposals of the ladder's Laplace rung, the start of the marginal path's quadrature, and what the baselines
 of `checks/` use. What has not converged is marked, never used as if it had.
@@ -7,7 +7,7 @@ of `checks/` use. What has not converged is marked, never used as if it had.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,19 +19,11 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import different, task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks, Pushed
+from bayesmeta.inference.newton import LONGEST, Curvature, Modes, find_modes
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
-MAX_STEPS = 100
 USUAL_STEPS = 20
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
-"""A mode is reached when the next Newton step is shorter than this, in posterior sds."""
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
-"""A relative loss of the log joint that a step may make."""
-SINGULAR = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""Eigenvalues of a mended Hessian are at least this share of the largest."""
-LONGEST = 10.0
-"""No step is longer than so many prior sds in one coordinate."""
-MAX_DAMPING = 1e10
+"""Of a search for a mode."""
 ANCHORS = 64
 """Draws of θ at which modes are found."""
 GROUP = 8
@@ -47,112 +39,12 @@ SMALLEST_SHARE = 1e-3
 """Modes with a smaller share of a task's evidence are left to the prior's part of the proposal."""
 BY_DRAW = (0, 0, None, None)
 
-Curvature = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Noise `(S, T, d)` -> value `(S, T)`, gradient `(S, T, d)` and Hessian `(S, T, d, d)` of the log joint."""
-
-
-@dataclass
-class Modes:
-    """Modes of S × T log joints in whitened coordinates.
-
-    Attributes:
-        loc: Where they are `(S, T, d)`.
-        factor: Lower Cholesky factors of the negative Hessians there `(S, T, d, d)`.
-        value: Log joints there `(S, T)`.
-        converged: Whether Newton's steps have come to an end `(S, T)`.
-    """
-
-    loc: Tensor
-    factor: Tensor
-    value: Tensor
-    converged: Tensor
-
-    @property
-    def log_evidence(self) -> Tensor:
-        """Laplace's approximation of log p(D_i | θ_s), `(S, T)`."""
-        log_det = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return self.value + 0.5 * self.loc.shape[-1] * math.log(2 * math.pi) - log_det
-
 
 def curvature_of(density: TaskDensity, data: dict[str, Tensor], theta: Tensor) -> Curvature:
     """The curvature of the log joint of a batch at draws of θ `(S, d_theta)`."""
     noise = theta.new_zeros(len(theta), len(data["n"]), density.structure.task_size)
     values = dict(density.learned.values)
     return density.log_task.curvature_at(theta, data, values, example=noise, in_dims=BY_DRAW)
-
-
-@dataclass
-class _Point:
-    """Where the search of each task stands."""
-
-    loc: Tensor
-    value: Tensor
-    gradient: Tensor
-    precision: Tensor
-
-    @classmethod
-    def at(cls, curvature: Curvature, loc: Tensor) -> _Point:
-        value, gradient, hessian = curvature(loc)
-        return cls(loc, value, gradient, -(hessian + hessian.mT) / 2)
-
-    def moved(self, other: _Point, better: Tensor) -> _Point:
-        """The other point where it is better `(S, T)`."""
-        one, two = better.unsqueeze(-1), better[..., None, None]
-        return _Point(
-            torch.where(one, other.loc, self.loc),
-            torch.where(better, other.value, self.value),
-            torch.where(one, other.gradient, self.gradient),
-            torch.where(two, other.precision, self.precision),
-        )
-
-
-def find_modes(curvature: Curvature, start: Tensor, *, steps: int = MAX_STEPS) -> Modes:
-    """Climbs from `start` `(S, T, d)` to a mode of each log joint; steps are damped task by task.
-
-    A step is taken only where it does not lower the log joint; a Hessian that is not negative definite is replaced by
-    one with the sizes of its eigenvalues. Curvature at the end is positive definite in any case.
-    """
-    point = _Point.at(curvature, start)
-    damping = torch.zeros(start.shape[:-1], dtype=start.dtype)
-    tolerance, rounding = TOLERANCE[start.dtype], ROUNDING[start.dtype]
-    for step in range(steps):
-        positive, definite = made_positive(point.precision)
-        move = _step(positive, damping, point.gradient)
-        length = (move * (positive @ move.unsqueeze(-1)).squeeze(-1)).sum(-1).clamp(min=0).sqrt()
-        converged = (length < tolerance) & definite & (damping < 1) & torch.isfinite(point.value)
-        if bool((converged | (damping > MAX_DAMPING)).all()) or step == steps - 1:
-            break
-        trial = _Point.at(curvature, point.loc + move)
-        better = torch.isfinite(trial.value) & (trial.value >= point.value - rounding * (1 + point.value.abs()))
-        better &= torch.isfinite(trial.gradient).all(-1)
-        damping = torch.where(better, damping / 10, (10 * damping).clamp(min=0.1))
-        damping = torch.where(damping < 1e-6, 0.0, damping)
-        point = point.moved(trial, better)
-    return Modes(point.loc, torch.linalg.cholesky(positive), point.value, converged)
-
-
-def _step(positive: Tensor, damping: Tensor, gradient: Tensor) -> Tensor:
-    eye = torch.eye(gradient.shape[-1], dtype=gradient.dtype)
-    damped = positive * (1 + damping[..., None, None] * eye)
-    gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-    move = torch.cholesky_solve(gradient.unsqueeze(-1), torch.linalg.cholesky(damped)).squeeze(-1)
-    longest = move.abs().amax(-1, keepdim=True).clamp(min=LONGEST)
-    return move * (LONGEST / longest)
-
-
-def made_positive(precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Positive definite precisions, and where they were so from the start `(S, T)`."""
-    usable = torch.isfinite(precision).flatten(-2).all(-1)
-    definite = (torch.linalg.cholesky_ex(precision).info == 0) & usable
-    if bool(definite.all()):
-        return precision, definite
-    eye = torch.eye(precision.shape[-1], dtype=precision.dtype)
-    safe = torch.where(usable[..., None, None], precision, eye)
-    values, vectors = torch.linalg.eigh(safe)
-    size = values.abs()
-    least = (size.amax(-1, keepdim=True) * SINGULAR[precision.dtype]).clamp(min=1e-2)
-    mended = (vectors * torch.maximum(size, least).unsqueeze(-2)) @ vectors.mT
-    return torch.where(definite[..., None, None], precision, mended), definite
 
 
 def distinct_modes(curvature: Curvature, starts: Tensor) -> tuple[Modes, Tensor]:
@@ -165,7 +57,7 @@ def distinct_modes(curvature: Curvature, starts: Tensor) -> tuple[Modes, Tensor]
     Returns:
         The first `MOST_MODES` modes by evidence, `(m, T, …)`, and which of them are there `(m, T)`: the first always.
     """
-    found = find_modes(curvature, starts)
+    found = find_modes(curvature, starts, several=True)
     evidence = torch.where(found.converged, found.log_evidence, -math.inf)
     order = evidence.argsort(0, descending=True)
     every = torch.arange(starts.shape[1]).expand_as(order)
@@ -325,6 +217,8 @@ class LaplaceGuide(TaskGuide):
 
     def prepare(self, batch: Batch, data: dict[str, Tensor]) -> Context:
         """Finds the modes of a batch: from several starts at some anchors, and at all if there are several modes."""
+        if bool((self.anchors == self.anchors[0]).all()):
+            return self._at_one(batch, data)
         begin = _starts(self.anchors, len(batch.names), self._density.structure.task_size, self._starts)
         modes, there = self._searched(data, begin[:, :GROUP])
         if len(there) == 1:
@@ -333,9 +227,14 @@ class LaplaceGuide(TaskGuide):
             return Context(batch, data, {"loc": modes.loc.unsqueeze(0), "factor": modes.factor.unsqueeze(0)})
         modes, there = self._searched(data, begin)
         modes, there = self._searched(data, torch.cat([modes.loc, self._neighbours(modes.loc, there)]))
-        share = torch.where(modes.converged, modes.log_evidence, NOWHERE)
-        share = torch.where(there, share, -math.inf).log_softmax(0)
-        return Context(batch, data, {"loc": modes.loc, "factor": modes.factor, "log_share": share})
+        return _mixed(batch, data, modes, there)
+
+    def _at_one(self, batch: Batch, data: dict[str, Tensor]) -> Context:
+        """The modes at the one θ that there is; where nothing is shared, from as many starts as a group would have."""
+        theta, structure = self.anchors[:1], self._density.structure
+        starts = self._starts * (2 if structure.shared_size else GROUP)
+        begin = _starts(theta, len(batch.names), structure.task_size, starts)
+        return _mixed(batch, data, *modes_at(self._density, data, theta, begin))
 
     def _searched(self, data: dict[str, Tensor], begin: Tensor) -> tuple[Modes, Tensor]:
         """Modes at the first anchors from starts `(K, A, T, d)`, in groups of one size: `(m, A, T, …)`."""
@@ -358,19 +257,32 @@ class LaplaceGuide(TaskGuide):
         return loc[:, source, torch.arange(loc.shape[2])]
 
     def nearest(self, theta: Tensor) -> Tensor:
-        """The anchor nearest to each θ, `(S,)`."""
+        """The anchor nearest to each θ, `(S,)`; of equal ones the first."""
+        if bool((self.anchors == self.anchors[0]).all()):
+            return torch.zeros(len(theta), dtype=torch.long)
         here, there = ((points - self.anchors[0]) / self.scale for points in (theta, self.anchors))
         return torch.cdist(here, there).argmin(1)
 
     def condition(self, theta: Tensor, context: Context) -> TaskPosterior:
-        """The Gaussians, or mixtures of them, one Newton step from the modes at the nearest anchor of each θ."""
+        """Gaussians, or mixtures of them, one Newton step from the modes at the nearest anchor of a θ that is none."""
         some, place = different(theta)
         near = self.nearest(some)
-        curvature = curvature_of(self._density, context.data, some)
         summary = {name: value[:, near] for name, value in context.summary.items()}
-        moved = [_stepped(curvature, *pair) for pair in zip(summary["loc"], summary["factor"], strict=True)]
+        moved = list(zip(summary["loc"], summary["factor"], strict=True))
+        if not torch.equal(some, self.anchors[near]):
+            curvature = curvature_of(self._density, context.data, some)
+            moved = [_stepped(curvature, *pair) for pair in moved]
         parts = [GaussianTasks(one[place], two[place]) for one, two in moved]
         return MixtureTasks(parts, summary["log_share"][:, place]) if "log_share" in summary else parts[0]
+
+
+def _mixed(batch: Batch, data: dict[str, Tensor], modes: Modes, there: Tensor) -> Context:
+    """What is kept of modes `(m, A, T, …)`: of several also their shares of the evidence."""
+    summary = {"loc": modes.loc, "factor": modes.factor}
+    if len(there) > 1:
+        share = torch.where(modes.converged, modes.log_evidence, NOWHERE)
+        summary["log_share"] = torch.where(there, share, -math.inf).log_softmax(0)
+    return Context(batch, data, summary)
 
 
 def _padded(part: Tensor, most: int) -> Tensor:

@@ -22,7 +22,7 @@ from bayesmeta.inference.approximation import TOLERATED, assess, mended
 from bayesmeta.inference.collected import in_double, rows
 from bayesmeta.inference.correction import MIN_DRAWS, SharedDraws, weigh_shared
 from bayesmeta.inference.evidence import Evidence, kind_of, points_of
-from bayesmeta.inference.exact import are_gaussian
+from bayesmeta.inference.exact import all_gaussian
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.mode import Mode
 from bayesmeta.inference.nuts import check_samplable, from_chains, laplace_guides
@@ -33,8 +33,6 @@ from bayesmeta.inference.threads import threads_for
 from bayesmeta.inference.training import History
 
 SHARED = ("nuts", "normal", "map")
-TRIED = 0.3
-"""θ at which tasks are tested for being Gaussian are normal around the prior's centre with this sd, in prior units."""
 MODE_CALLS = 200
 """About how often the marginal is called until its mode is found from one start."""
 WEIGHED_ELEMENTS = 4_000_000_000
@@ -103,14 +101,14 @@ class Marginal:
             shared, tried = self._fitted(evidence, mode)
         record: dict[str, Any] = {"kind": evidence.kind, "error": 0.0, "noise": 0.0}
         if evidence.kind != "closed form" and density.structure.shared_size:
-            record |= assess(precise, evidence, tasks, tried or shared)
+            record |= assess(precise, evidence, tasks, tried or shared, point=self.shared == "map")
             approximate = evidence.kind == "Laplace" or record["error"] > TOLERATED
             if approximate and self.shared != "map":
                 shared = mended(precise, evidence, tasks, shared)
         return replace(shared, theta=shared.theta.to(density.dtype)), record
 
     def _evidence(self, density: TaskDensity, tasks: Tasks) -> Evidence:
-        kind = kind_of(density.structure.task_size, gaussian=_all_gaussian(density, tasks))
+        kind = kind_of(density.structure.task_size, gaussian=all_gaussian(density, tasks))
         until_mode = self.starts * MODE_CALLS
         calls = {"nuts": None, "normal": until_mode + self.chains * self.draws, "map": until_mode}
         return Evidence(density, tasks, kind=kind, calls=calls[self.shared])
@@ -148,12 +146,6 @@ class Marginal:
 
 def _equal(theta: Tensor, status: str) -> SharedDraws:
     return SharedDraws(theta, np.full(len(theta), -math.log(len(theta))), 0.0, 1.0, status)
-
-
-def _all_gaussian(density: TaskDensity, tasks: Tasks) -> bool:
-    location, scale = density.prior_scale()
-    theta = location + TRIED * scale * torch.randn(3, len(location), dtype=density.dtype)
-    return bool(are_gaussian(density, tasks, theta).all())
 
 
 class Signed:

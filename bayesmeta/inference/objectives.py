@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference.exact import ExactTasks
 from bayesmeta.inference.gaussian import Pushed
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide, TaskPosterior
 
@@ -68,6 +69,8 @@ def elbo(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info
     theta = guides.shared.sample(step.draws)
     partial = step.tasks > len(step.context.batch.names)
     posterior = guides.task.condition(theta.detach() if partial else theta, step.context)
+    if isinstance(posterior, ExactTasks):
+        return _evidence(density, guides, step, theta, posterior)
     white, noise = _drawn(posterior)
     log_p, log_joint, gradients = _log_joint(density, guides, step, theta, noise)
     scale = step.tasks / noise.shape[1]
@@ -76,6 +79,30 @@ def elbo(density: TaskDensity, guides: Guides, step: Step) -> tuple[Tensor, Info
     if white is not None:
         gradients[0] = _bounded(gradients[0], noise, white, scale)
     bound = _Known.apply(log_joint - log_q, gradients, noise, theta, *guides.values.values())
+    return -bound / (step.draws * step.tasks), {"log_p": log_p, "theta": theta, "noise": noise}
+
+
+def _evidence(
+    density: TaskDensity, guides: Guides, step: Step, theta: Tensor, posterior: ExactTasks
+) -> tuple[Tensor, Info]:
+    """The bound where q(φ | D, θ) is exact: the evidence, whose gradient has no noise but that of θ and of the batch.
+
+    It is the mean of the log joint's gradient under q (Fisher's identity), a quadratic in φ: 2 d points give it.
+    """
+    dim = posterior.loc.shape[-1]
+    axes = math.sqrt(dim) * torch.eye(dim, dtype=posterior.loc.dtype)
+    white = torch.cat([axes, -axes])[:, None, None].expand(-1, *posterior.loc.shape)
+    count, noise = len(white), posterior.push(white).flatten(0, 1)
+    log_p, _, (_, by_theta, *others) = _log_joint(density, guides, step, theta.detach().repeat(count, 1), noise)
+    log_q = guides.shared.log_prob(theta).sum()
+    by_theta = by_theta.unflatten(0, (count, -1)).mean(0)
+    if log_q.requires_grad:
+        by_theta = by_theta - torch.autograd.grad(log_q, theta, retain_graph=True, materialize_grads=True)[0]
+    gradients = [by_theta, *(part / count for part in others)]
+    scale = step.tasks / noise.shape[1]
+    log_prior = density.log_prior(theta.detach(), guides.values).sum()
+    value = scale * posterior.log_evidence.sum() + log_prior - log_q.detach()
+    bound = _Known.apply(value, gradients, theta, *guides.values.values())
     return -bound / (step.draws * step.tasks), {"log_p": log_p, "theta": theta, "noise": noise}
 
 

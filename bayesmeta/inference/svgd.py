@@ -16,7 +16,8 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.chunks import different
 from bayesmeta.inference.gaussian import GaussianTasks, cholesky, solve_factored
 from bayesmeta.inference.gradient import BY_DRAW, rows_seen, slope
-from bayesmeta.inference.laplace import NOWHERE, MixtureTasks, curvature_of, made_positive, mirrored
+from bayesmeta.inference.laplace import NOWHERE, MixtureTasks, curvature_of, mirrored
+from bayesmeta.inference.newton import made_positive
 from bayesmeta.inference.options import check_lengths
 from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 

@@ -112,12 +112,8 @@ class CoupledRows(ABC):
         theta, noise = self.paired
         with torch.no_grad():
             for index, context, new in _groups(self.density, self.context, target):
-                pairs = theta.shape[0] * len(index)
                 total = context["mask"].shape[1] + new["mask"].shape[1]
-                size = min(pairs, max(1, CHUNK_ELEMENTS // total**2))
-                for start in range(0, pairs, size):
-                    pair = np.arange(start, min(start + size, pairs))
-                    draw, within = pair // len(index), pair % len(index)
+                for draw, within in _pairs(theta.shape[0], len(index), CHUNK_ELEMENTS // total**2):
                     task = index[within]
                     yield Piece(
                         draw,
@@ -301,6 +297,20 @@ def _groups(density: TaskDensity, context: Tasks, target: Tasks) -> Iterator[tup
             for key in ("weight", "task_weight"):
                 old.pop(key, None)
             yield index, take_rows(old, 0, int(n), dim=1), new
+
+
+def _pairs(draws: int, tasks: int, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts pairs of a draw and a task into pieces of few different sizes, each of which needs a graph of its own.
+
+    Groups of tasks with equal sizes are of all lengths: as many tasks as the limit allows go together, the rest alone.
+    """
+    together = max(1, limit // draws)
+    whole = tasks // together * together
+    for task in [*np.arange(whole).reshape(-1, together), *np.arange(whole, tasks).reshape(-1, 1)]:
+        draw, within = (part.ravel() for part in np.meshgrid(np.arange(draws), task, indexing="ij"))
+        size = max(1, limit)
+        for start in range(0, len(draw), size):
+            yield draw[start : start + size], within[start : start + size]
 
 
 def _by_row(key: str) -> bool:

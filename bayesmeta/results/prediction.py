@@ -5,6 +5,7 @@ Each draw pairs one θ with one φ of a task; the model itself is run on the new
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ from torch import Tensor
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import Recorded, seeded
-from bayesmeta.inference.chunks import CHUNK_ELEMENTS, task_chunks
+from bayesmeta.inference.chunks import CHUNK_ELEMENTS, Chunk, task_chunks
 from bayesmeta.results.coupled import CoupledRows, coupled_rows
 
 BY_PAIR = (0, 0, 0, None)
+BY_DRAW = (0, 0, None, None)
 Draws = tuple[Tensor, Tensor]
 """θ `(S, T, d_theta)` and noise `(S, T, d)`."""
 
@@ -231,22 +233,47 @@ def _over_pairs(density: TaskDensity, tasks: Tasks, paired: Draws, function: Rec
     return result
 
 
-def _pieces(
-    density: TaskDensity, tasks: Tasks, paired: Draws, function: Recorded, site: str
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+Pieces = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def _pieces(density: TaskDensity, tasks: Tasks, paired: Draws, function: Recorded, site: str) -> Pieces:
     """Yields (tasks of a chunk, pairs of the piece, values of the pairs `(pairs, rows, …)`)."""
     theta, noise = paired
-    values = dict(density.learned.values)
     with torch.no_grad():
         for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
             data = density.tensors(chunk.batch)
-            pairs = theta.shape[0] * len(chunk.index)
-            flat_theta = theta[:, chunk.index].reshape(pairs, -1)
-            flat_noise = noise[:, chunk.index].reshape(pairs, 1, -1)
-            size = min(pairs, max(1, CHUNK_ELEMENTS // chunk.batch.mask.shape[1]))
-            for start in range(0, pairs, size):
-                piece = torch.arange(start, start + size).clamp(max=pairs - 1)
-                some = {k: v[piece % len(chunk.index)].unsqueeze(1) for k, v in data.items()}
-                out = function.mapped(flat_theta[piece], flat_noise[piece], some, values, in_dims=BY_PAIR)[site]
-                keep = min(size, pairs - start)
-                yield chunk.index, piece[:keep].numpy(), out[:keep].squeeze(1).double().numpy()
+            some = (theta[:, chunk.index], noise[:, chunk.index])
+            cut = _by_draw if bool((some[0] == some[0][:, :1]).all()) else _by_pair
+            yield from cut(chunk, data, some, functools.partial(_values, density, function, site))
+
+
+def _values(density: TaskDensity, function: Recorded, site: str, theta: Any, noise: Any, data: Any, dims: Any) -> Any:
+    """Values `(…, rows, *dy)` of the observed site, NumPy."""
+    found = function.mapped(theta, noise, data, dict(density.learned.values), in_dims=dims)
+    return found[site].double().numpy()
+
+
+def _by_draw(chunk: Chunk, data: Any, paired: Draws, values: Any) -> Pieces:
+    """All tasks at each draw, which have one θ: what depends on rows alone (a network of x) is computed once."""
+    theta, noise = paired
+    draws, count = noise.shape[:2]
+    filled = torch.arange(len(chunk.batch.names)).clamp(max=count - 1)
+    size = min(draws, max(1, CHUNK_ELEMENTS // chunk.batch.mask.numel()))
+    for start in range(0, draws, size):
+        place = torch.arange(start, start + size).clamp(max=draws - 1)
+        found = values(theta[place, 0], noise[place][:, filled], data, BY_DRAW)
+        kept = found[: min(size, draws - start), :count].reshape(-1, *found.shape[2:])
+        yield chunk.index, start * count + np.arange(len(kept)), kept
+
+
+def _by_pair(chunk: Chunk, data: Any, paired: Draws, values: Any) -> Pieces:
+    """Pairs of a draw and a task, each with its own θ."""
+    theta, noise = (part.reshape(-1, part.shape[-1]) for part in paired)
+    pairs, count = len(theta), len(chunk.index)
+    size = min(pairs, max(1, CHUNK_ELEMENTS // chunk.batch.mask.shape[1]))
+    for start in range(0, pairs, size):
+        piece = torch.arange(start, start + size).clamp(max=pairs - 1)
+        rows = {key: value[piece % count].unsqueeze(1) for key, value in data.items()}
+        found = values(theta[piece], noise[piece].unsqueeze(1), rows, BY_PAIR)
+        keep = min(size, pairs - start)
+        yield chunk.index, piece[:keep].numpy(), found[:keep].squeeze(1)

@@ -19,7 +19,14 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import approximation
-from bayesmeta.inference.approximation import TOLERATED, Comparison, assess, compare, mended
+from bayesmeta.inference.approximation import (
+    LOOKED_AT_AROUND_A_POINT,
+    TOLERATED,
+    Comparison,
+    assess,
+    compare,
+    mended,
+)
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.evidence import Evidence
 
@@ -83,7 +90,7 @@ def test_the_error_of_laplace_is_that_against_dense_quadrature() -> None:
     ours, off = found.ratios.mean(0).numpy(), off[::3]
     assert off.std() > 0.5
     assert np.abs(ours - ours.mean() - off + off.mean()).max() < 0.1 * np.ptp(off)
-    assert found.noise < 0.06
+    assert found.noise < TOLERATED
     assert abs(found.error - off.std(ddof=1)) < 4 * found.noise
 
 
@@ -181,3 +188,13 @@ def test_independent_halves_agree_on_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     errors = [Comparison(torch.randn(2, 64, generator=generator)).error for _ in range(200)]
     assert np.mean(np.array(errors) > 0) < 0.06
+
+
+def test_around_a_point_estimate_fewer_theta_tell_the_same_error() -> None:
+    """The sd over θ of the error of Laplace's approximation, from 64 and from 16 draws of θ."""
+    tasks, _ = few_counts()
+    density = TaskDensity(counts, tasks)
+    function = Evidence(density, tasks, kind="Laplace")
+    spread = draws(THETA.repeat(20, 1))
+    many, few = (assess(density, function, tasks, spread, point=point)["error"] for point in (False, True))
+    assert many > 0.5 and abs(few / many - 1) < 4 / np.sqrt(2 * LOOKED_AT_AROUND_A_POINT)

@@ -211,3 +211,18 @@ def test_a_mixture_that_looks_gaussian_at_some_theta_is_not_gaussian() -> None:
     tasks = make_tasks(ROWS)
     read = TaskDensity(one_or_two, tasks)
     assert not are_gaussian(read, tasks, torch.full((4, 1), -800.0, dtype=torch.float64)).any()
+
+
+def test_as_a_guide_it_refuses_tasks_that_are_not_gaussian() -> None:
+    def heavy(batch: Batch) -> None:
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            with batch.observations():
+                pyro.sample("y", dist.StudentT(4.0, phi, 1.0), obs=batch.y)
+
+    tasks = make_tasks(ROWS)
+    with pytest.raises(ValueError, match="quadratic in φ"):
+        ExactGuide().attach(TaskDensity(heavy, tasks), tasks)
+    with pytest.raises(ValueError, match="float64"):
+        ExactGuide().attach(TaskDensity(scaled, mixed_tasks(), dtype=torch.float32), mixed_tasks())
+    ExactGuide(tested=True).attach(TaskDensity(heavy, tasks), tasks)

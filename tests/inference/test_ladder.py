@@ -312,3 +312,13 @@ def test_found_draws_are_owned_by_the_last_rung_alone() -> None:
     assert sorted(int(i) for index, _ in found.parts() for i in index) == [0, 1, 2]
     found.doubt(np.array([1]))
     assert found.open.tolist() == [0, 1, 2]
+
+
+def test_laplace_proposals_of_a_new_task_are_judged_by_enough_weights() -> None:
+    """Asked for 200 draws, k̂ is that of 1,000 weights at 200 θ, and the answer is right."""
+    new = {"new": [3.0, 5.0]}
+    theta = theta_draws("counts", COUNTS, 200)
+    ((_, drawn),) = climb(density("counts"), guides(), theta, make_tasks(new), known=False, refine="laplace")
+    assert drawn.noise.shape[0] == ladder.JUDGED and len(drawn.theta.unique(dim=0)) == len(theta.unique(dim=0))
+    right = answer("counts", COUNTS | new, new["new"])
+    assert agrees(moments("counts", drawn, 0), right, 200 * drawn.ess[0] / 2)

@@ -1,4 +1,4 @@
-"""Newton's steps against scipy's optimum, modes that are there and modes that are not, and mixtures as proposals."""
+"""Modes that are there and modes that are not, handed from θ to θ, and mixtures as proposals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from one_dimensional import COUNTS, SQUARES, conditional, density, guides, make_
 from scenarios import make_tasks as mixed_tasks
 from scenarios import supports
 from scipy.integrate import quad
-from torch import Tensor
 
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.derivatives import curvature
@@ -21,15 +20,12 @@ from bayesmeta.inference.laplace import (
     LaplaceGuide,
     MixtureTasks,
     distinct_modes,
-    find_modes,
     modes_at,
     modes_of,
     most_typical,
     spread_out,
 )
 from bayesmeta.inference.weighing import weigh_known
-
-FAR = (-15.0, -6.0, 0.0, 3.0, 12.0)
 
 
 @pytest.fixture(autouse=True)
@@ -38,91 +34,8 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def design() -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs `(5, 12, 3)`, labels 0/1 and counts `(5, 12)` of five tasks."""
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(5, 12, 3, generator=generator, dtype=torch.float64)
-    binary = (torch.rand(5, 12, generator=generator) < 0.5).double()
-    return x, binary, torch.poisson(torch.full((5, 12), 3.0, dtype=torch.float64), generator=generator)
-
-
-def joint(kind: str) -> object:
-    x, binary, counts = design()
-
-    def log_joint(z: Tensor) -> Tensor:
-        linear = (x @ z.unsqueeze(-1)).squeeze(-1)
-        rows = {
-            "logistic": lambda: binary * linear - torch.nn.functional.softplus(linear),
-            "poisson": lambda: counts * linear - linear.exp(),
-            "student": lambda: -2.5 * torch.log1p((counts - linear).square() / 4),
-        }[kind]()
-        return rows.sum(-1) - 0.5 * z.square().sum(-1)
-
-    return log_joint
-
-
 def curved(function: object) -> object:
     return lambda z: tuple(part.detach() for part in curvature(function, 0, z))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("kind", ["logistic", "poisson", "student"])
-def test_newton_arrives_from_far_away(kind: str) -> None:
-    """At the end the gradient vanishes and the curvature is that of the log joint."""
-    starts = torch.tensor(FAR, dtype=torch.float64)[:, None, None].expand(-1, 5, 3)
-    found = find_modes(curved(joint(kind)), starts)  # type: ignore[arg-type]
-    assert bool(found.converged.all())
-    value, gradient, hessian = curved(joint(kind))(found.loc)  # type: ignore[operator]
-    white = torch.linalg.solve_triangular(found.factor, gradient.unsqueeze(-1), upper=False)
-    assert float(white.abs().max()) < 1e-6
-    torch.testing.assert_close(found.factor @ found.factor.mT, -hessian)
-    torch.testing.assert_close(found.value, value)
-    if kind != "student":
-        torch.testing.assert_close(found.loc, found.loc[:1].expand_as(found.loc), atol=1e-6, rtol=0)
-
-
-def test_what_has_not_arrived_says_so() -> None:
-    starts = torch.full((1, 5, 3), 25.0, dtype=torch.float64)
-    short = find_modes(curved(joint("poisson")), starts, steps=3)  # type: ignore[arg-type]
-    _, gradient, _ = curved(joint("poisson"))(short.loc)  # type: ignore[operator]
-    assert float(gradient.abs().max()) > 1 and not bool(short.converged.any())
-
-
-@pytest.mark.parametrize(
-    "endless",
-    [
-        lambda z: z.sum(-1),  # no mode
-        lambda z: -z.abs().sum(-1).sqrt(),  # a cusp
-        lambda z: torch.where(z.sum(-1) > 5, -math.inf, z.sum(-1)),  # ends at a wall
-        lambda z: (z - 1).sum(-1).log(),  # not a number at the start
-        lambda z: -0.5 * z.square().sum(-1) + math.nan,
-    ],
-)
-def test_where_there_is_no_mode_none_is_reported(endless: object) -> None:
-    found = find_modes(curved(endless), torch.zeros(1, 2, 2, dtype=torch.float64))  # type: ignore[arg-type]
-    assert not bool(found.converged.any()) and bool(torch.isfinite(found.loc).all())
-    assert bool(torch.isfinite(torch.linalg.inv(found.factor)).all())
-
-
-def test_a_saddle_is_left() -> None:
-    found = find_modes(curved(lambda z: -(z.square() - 1).square().sum(-1)), torch.full((1, 1, 2), 1e-3).double())  # type: ignore[arg-type]
-    torch.testing.assert_close(found.loc.abs(), torch.ones(1, 1, 2, dtype=torch.float64))
-
-
-def test_single_precision_arrives_too() -> None:
-    """Its last steps are rounding errors of a few thousandths of a posterior sd."""
-    x, binary, _ = (part.float() for part in design())
-    x = torch.cat([30 * x, x], 1)
-    labels = torch.cat([binary, 1 - binary], 1)
-
-    def log_joint(z: Tensor) -> Tensor:
-        linear = (x @ z.unsqueeze(-1)).squeeze(-1)
-        return (labels * linear - torch.nn.functional.softplus(linear)).sum(-1) - 0.5 * z.square().sum(-1) - 1e4
-
-    found = find_modes(curved(log_joint), torch.ones(1, 5, 3))  # type: ignore[arg-type]
-    assert bool(found.converged.all()) and found.loc.dtype == torch.float32
-    _, gradient, _ = curved(log_joint)(found.loc)  # type: ignore[operator]
-    white = torch.linalg.solve_triangular(found.factor, gradient.unsqueeze(-1), upper=False)
-    assert float(white.abs().max()) < 0.02
 
 
 def bumps(places: list[float], heights: list[float]) -> object:
@@ -243,3 +156,21 @@ def test_modes_of_a_model_with_every_kind_of_support() -> None:
     begin = torch.randn(3, 2, 3, read.structure.task_size, dtype=torch.float64)
     found, there = modes_at(read, read.tensors(tasks.batch([0, 1, 2])), theta, begin)
     assert bool(found.converged[0].all()) and bool(there[0].all())
+
+
+def test_at_a_point_estimate_modes_are_looked_for_once() -> None:
+    """64 equal draws of θ: one anchor counts, from twice as many starts; shares are those of a search at several θ."""
+    read, tasks = density("squares"), make_tasks(SQUARES)
+    batch = tasks.batch([0, 1, 2])
+    theta = torch.full((1, 1), 0.2, dtype=torch.float64)
+    found = []
+    for anchors in (theta.expand(100, 1), torch.cat([theta.expand(99, 1), theta + 1e-9])):
+        guide = LaplaceGuide.around(anchors)
+        guide.attach(read, tasks)
+        context = guide.prepare(batch, read.tensors(batch))
+        found.append((context.summary, guide.condition(theta.expand(5, 1), context)))
+    assert found[0][0]["loc"].shape[1] == 1 and found[1][0]["loc"].shape[1] == ANCHORS
+    (_, one), (_, many) = found
+    assert isinstance(one, MixtureTasks) and one.log_share.shape == (2, 5, 3)
+    noise = torch.linspace(-3, 3, 5, dtype=torch.float64)[:, None, None].expand(5, 3, 1)
+    torch.testing.assert_close(one.log_prob(noise), many.log_prob(noise), atol=1e-5, rtol=1e-5)

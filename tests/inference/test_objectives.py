@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conjugate import ROWS, SIGMA, TAU, WIDE, centre, exact, frozen, known_mean, make_tasks
+from conjugate import ROWS, SIGMA, TAU, WIDE, centre, evidence, exact, frozen, known_mean, make_tasks
 from torch import Tensor, nn
 
 from bayesmeta.data.batch import Batch
@@ -16,6 +16,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import objectives
 from bayesmeta.inference.chunks import like_sizes
+from bayesmeta.inference.exact import ExactGuide
 from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.guides import NaturalGuide
 from bayesmeta.inference.objectives import Guides, Step, elbo, importance_weighted
@@ -208,3 +209,43 @@ def test_the_importance_weighted_bound_is_the_evidence_at_the_exact_posterior() 
             losses.append(sum(float(objective(density, guides, step)[0]) for _ in range(200)) / 200)
     assert -losses[0] < -losses[1] - 0.01
     assert -losses[1] * len(tasks) < log_evidence() + 0.02
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4], [0, 2]])
+def test_with_an_exact_guide_the_elbo_is_the_evidence_and_its_gradient_has_no_noise(chosen: list[int]) -> None:
+    """At one θ, against central differences of the evidence by multivariate normals; a batch stands for all tasks."""
+    tasks = make_tasks(ROWS)
+    density = TaskDensity(centre, tasks)
+    guide = ExactGuide()
+    guide.attach(density, tasks)
+    batch = tasks.batch(chosen)
+    context = guide.prepare(batch, density.tensors(batch))
+
+    def exactly(mu: float) -> float:
+        return len(ROWS) / len(chosen) * evidence(ROWS, mu)[chosen].sum() - 0.5 * (mu / WIDE) ** 2
+
+    for mu in (-1.0, 2.5):
+        shared = PointShared(torch.full((1,), mu, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+        loss, _ = elbo(density, Guides(shared, guide), Step(context, len(tasks), 1))
+        loss.backward()
+        constant = 0.5 * np.log(2 * np.pi * WIDE**2)
+        assert -5 * float(loss.detach()) == pytest.approx(exactly(mu) - constant, rel=1e-9)
+        slope = (exactly(mu + 1e-5) - exactly(mu - 1e-5)) / 2e-5
+        (parameter,) = shared.parameters()
+        assert -5 * float(parameter.grad) == pytest.approx(slope, rel=1e-6)
+
+
+def test_with_an_exact_guide_the_slope_of_q_counts_too() -> None:
+    """q(θ) at the exact posterior: the bound is the evidence of all tasks, and its gradient vanishes without noise."""
+    tasks = make_tasks(ROWS)
+    density = TaskDensity(centre, tasks)
+    guide = ExactGuide()
+    guide.attach(density, tasks)
+    batch = tasks.batch(np.arange(len(tasks)))
+    shared = exact_shared()
+    step = Step(guide.prepare(batch, density.tensors(batch)), len(tasks), 8)
+    loss, _ = elbo(density, Guides(shared, guide), step)
+    loss.backward()
+    assert -5 * float(loss.detach()) == pytest.approx(log_evidence(), rel=1e-9)
+    assert all(float(p.grad.abs().max()) < 1e-9 for p in shared.parameters() if p.grad is not None)
+    assert shared.mean.grad is not None

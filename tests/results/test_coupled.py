@@ -16,6 +16,7 @@ from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.model import with_conditional
+from bayesmeta.results.coupled import _pairs
 from bayesmeta.results.prediction import predict
 
 NOISE, S, NEW = 0.1, 5, np.array([[-0.5], [0.3], [1.7]])
@@ -214,3 +215,11 @@ def test_a_covariance_that_is_not_positive_definite_is_an_error(tasks: Tasks) ->
     predict(density, tasks.at(NEW), paired, context=tasks)
     with pytest.raises(ValueError, match="covariance of a task's rows together with the new ones is not positive"):
         predict(density, tasks.at(NEW + 10), paired, context=tasks)
+
+
+@pytest.mark.parametrize(("draws", "tasks", "limit"), [(3, 10, 12), (5, 1, 100), (7, 2, 3), (4, 6, 0)])
+def test_pairs_come_once_each_in_pieces_of_few_sizes(draws: int, tasks: int, limit: int) -> None:
+    pieces = list(_pairs(draws, tasks, limit))
+    pairs = [pair for draw, task in pieces for pair in zip(draw.tolist(), task.tolist(), strict=True)]
+    assert sorted(pairs) == [(draw, task) for draw in range(draws) for task in range(tasks)]
+    assert len({len(draw) for draw, _ in pieces}) <= 2 and max(len(draw) for draw, _ in pieces) <= max(1, limit)

@@ -264,3 +264,31 @@ def test_new_columns_reach_the_likelihood() -> None:
     assert close(found.mean[0], found.sd[0], (0.0, np.array([0.1, 2.0])), DRAWS)
     with pytest.raises(ValueError, match="se"):
         tasks.at(np.zeros((2, 0)))
+
+
+@pytest.mark.parametrize("count", [3, 515])
+def test_where_tasks_share_each_theta_rows_are_computed_once_for_all_draws(count: int) -> None:
+    """Means of every draw are the formula's whether θ is one for all tasks or one a task; the network runs once."""
+    seen: list[tuple[int, ...]] = []
+
+    def model(batch: Batch) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            with batch.observations():
+                seen.append(tuple(batch.x.shape))
+                pyro.sample("y", dist.Normal(phi + slope * batch.x[..., 0].sin(), 1.0), obs=batch.y)
+
+    x = np.random.default_rng(0).normal(size=(count, 4, 1))
+    tasks = Tasks.from_arrays(list(x), list(x[..., 0]))
+    read = TaskDensity(model, tasks)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(6, count, 1, generator=generator, dtype=torch.float64)
+    for theta in (torch.randn(6, 1, 1, generator=generator).double().expand(6, count, 1), noise + 1):
+        seen.clear()
+        found = predict(read, tasks.at(tasks), (theta, noise), kind="mean").draws
+        np.testing.assert_allclose(
+            found, noise.numpy() + theta.numpy() * np.sin(x[None, ..., 0]), rtol=1e-12, atol=1e-12
+        )
+        together = bool((theta == theta[:, :1]).all())
+        assert {shape[0] == 1 for shape in seen} == {not together}

@@ -10,10 +10,12 @@ from bayesmeta.data.families.cauchy import Cauchy
 from bayesmeta.data.families.drifting import DriftingSinusoids
 from bayesmeta.data.families.gaussian_processes import GaussianProcesses
 from bayesmeta.data.families.image_classes import ImageClasses
+from bayesmeta.data.families.kernels import KERNELS
 from bayesmeta.data.families.sawtooth import Sawtooth
 from bayesmeta.data.families.sinusoids import SinusoidOrLine, Sinusoids
 
 __all__ = [
+    "KERNELS",
     "Cauchy",
     "DriftingSinusoids",
     "Family",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+TINY = 1e-20
+"""Added to squared distances: their root has derivatives at 0 too."""
 Correlation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -23,7 +25,7 @@ def rbf(difference: Tensor, length: Tensor, period: Tensor) -> Tensor:
 
 def matern52(difference: Tensor, length: Tensor, period: Tensor) -> Tensor:
     """(1 + r + r² / 3) exp(−r), r = √5 |δ| / l."""
-    r = math.sqrt(5.0) * difference.square().sum(-1).sqrt() / length
+    r = math.sqrt(5.0) * (difference.square().sum(-1) + TINY).sqrt() / length
     return (1 + r + r.square() / 3) * torch.exp(-r)
 
 

@@ -42,3 +42,11 @@ def test_periods_recur(kernel: str) -> None:
     x = torch.tensor([[0.0], [0.7]], dtype=torch.float64)
     value = float(at(kernel, x, x, length=0.4, period=0.7)[0, 1])
     assert value == pytest.approx(1.0 if kernel == "periodic" else math.exp(-0.5 * 0.49 / 0.16))
+
+
+def test_matern_has_derivatives_where_inputs_coincide() -> None:
+    """Distance 0 has a root with an infinite slope; a learned input goes through it."""
+    x = torch.tensor([[0.3], [0.3]], dtype=torch.float64, requires_grad=True)
+    length = torch.ones((), dtype=torch.float64)
+    (slope,) = torch.autograd.grad(KERNELS["matern52"](differences(x, x), length, length).sum(), x)
+    assert bool(slope.isfinite().all())
