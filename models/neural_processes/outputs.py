@@ -34,6 +34,9 @@ class Output(abc.ABC):
     inputs = 1
     codes = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def read(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """Labels `(T, N, *dy)` as network inputs `(T, N, *dy, inputs)`; by default in standard units."""
         return ((y - loc) / scale).unsqueeze(-1)
