@@ -137,7 +137,7 @@ def _prepared(density: TaskDensity, tasks: Tasks, theta: Tensor) -> list[list[_P
     with torch.no_grad():
         for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
             data, parts = density.tensors(chunk.batch), []
-            for place, some in theta_chunks(theta, chunk.batch):
+            for place, some in theta_chunks(theta, chunk.batch, exact_size=density.structure.exact_size):
                 guide = LaplaceGuide(some, scale)
                 guide.attach(density, tasks)
                 parts.append(_Part(place, len(chunk.index), some, guide, guide.prepare(chunk.batch, data)))

@@ -113,7 +113,7 @@ def sweep(
         for chunk in task_chunks(tasks, exact_size=exact, rounded=rounded, draws=len(theta)):
             context = guides.task.prepare(chunk.batch, density.tensors(chunk.batch))
             index = torch.as_tensor(chunk.index)
-            for place, part in theta_chunks(theta, chunk.batch):
+            for place, part in theta_chunks(theta, chunk.batch, exact_size=exact):
                 outputs = function(context, part)
                 results = results or tuple(o.new_empty(len(theta), len(tasks), *o.shape[2:]) for o in outputs)
                 for result, output in zip(results, outputs, strict=True):

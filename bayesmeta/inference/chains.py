@@ -25,7 +25,9 @@ from bayesmeta.inference.weighing import TaskDraws, equal_draws
 TOGETHER = 16
 """Tasks whose chains move at once."""
 LARGEST = 2**26
-"""Numbers that the copies of the data, one for each pair, may hold."""
+"""Numbers that the copies of the data, one for each pair, and what is computed of coupled rows may hold."""
+COVARIANCES = 32
+"""Matrices of a task, with those of the derivatives, that are held at once."""
 BY_PAIR = (0, 0, 0, None)
 SLACK = 1.0
 """Nats that the highest mode may be above what particles of a Gaussian would reach."""
@@ -70,7 +72,7 @@ def move_new(
     """
     parts: Parts = []
     generator = np.random.default_rng(int(torch.randint(2**62, ())))
-    together = max(1, min(TOGETHER, LARGEST // (len(theta) * _elements(tasks))))
+    together = max(1, min(TOGETHER, LARGEST // (len(theta) * _elements(tasks, density.structure.exact_size))))
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, limit=together, rounded=True):
         filled = np.pad(chunk.index, (0, len(chunk.batch.names) - len(chunk.index)), "edge")
         population = _Population(density, guides, theta, density.tensors(chunk.batch))
@@ -91,10 +93,11 @@ def move_new(
     return parts
 
 
-def _elements(tasks: Tasks) -> int:
-    """Numbers in the data of the largest task."""
+def _elements(tasks: Tasks, coupled: bool) -> int:
+    """Numbers in the data of the largest task, and where its rows are coupled in its covariances."""
     largest = tasks.batch([int(np.argmax(tasks.sizes))])
-    return sum(value.numel() for value in largest.tensors.values())
+    covariances = COVARIANCES * largest.mask.numel() ** 2 if coupled else 0
+    return sum(value.numel() for value in largest.tensors.values()) + covariances
 
 
 def _reached(population: _Population, pairs: Tensor, noise: Tensor, tasks: Tasks) -> np.ndarray:

@@ -15,6 +15,8 @@ from bayesmeta.data.tasks import Tasks
 CHUNK_ELEMENTS = 2**18
 """Rows × tasks × draws evaluated at once: more falls out of the cache, less pays overhead."""
 CHUNK_TASKS = 512
+COUPLED_ENTRIES = 2**13
+"""Entries of covariances of the tasks of a chunk, at one θ: derivatives hold many matrices of each at once."""
 GROWTH = 4
 """Ratio between the sizes that tasks are padded to; a smaller one pads less and records more graphs."""
 
@@ -60,8 +62,9 @@ def task_chunks(
     rows = _padded(sizes, exact_size=exact_size, draws=draws)
     for target in np.unique(rows):
         members = np.flatnonzero(rows == target)
+        most = min(limit, _power_of_two(1 + COUPLED_ENTRIES // int(target) ** 2) // 2 or 1) if exact_size else limit
         widest = max(1, int(sizes[members].max()))
-        pieces = -(-len(members) // limit)
+        pieces = -(-len(members) // most)
         size = -(-len(members) // pieces)
         if rounded:
             widest, size = widest if exact_size else _power_of_two(widest), _power_of_two(size)
@@ -81,9 +84,15 @@ def _padded(sizes: np.ndarray, *, exact_size: bool, draws: int | None) -> np.nda
     return np.array([padded_rows(int(n)) for n in distinct])[which]
 
 
-def theta_chunks(theta: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
-    """Yields draws of θ in chunks of one size (the last is filled up): `(where they belong, theta)`."""
-    per_draw = max(1, batch.mask.numel())
+def theta_chunks(theta: Tensor, batch: Batch, *, exact_size: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Yields draws of θ in chunks of one size (the last is filled up): `(where they belong, theta)`.
+
+    Args:
+        theta: The draws `(S, d_theta)`.
+        batch: The tasks.
+        exact_size: The rows of a task are coupled: what is evaluated has the size of covariances.
+    """
+    per_draw = max(1, batch.mask.numel() * (batch.mask.shape[1] if exact_size else 1))
     pieces = max(1, round(len(theta) * per_draw / CHUNK_ELEMENTS))
     size = -(-len(theta) // pieces)
     for start in range(0, len(theta), size):

@@ -252,3 +252,10 @@ def powered(read: TaskDensity, theta: torch.Tensor, data: Any, power: float, noi
     """Log prior and so much of the log likelihood of one task."""
     prior, rows = read.log_parts(theta, noise.unsqueeze(0), data, {})
     return (prior + power * rows).sum()
+
+
+def test_coupled_rows_count_by_their_covariances() -> None:
+    """Of tasks of 3 and 40 rows the largest counts: y, masks and the like, and the matrices of coupled rows."""
+    tasks = one_tasks({"a": [1, 0, 2], "b": [1] * 40})
+    apart, coupled = (chains._elements(tasks, coupled) for coupled in (False, True))
+    assert 3 * 40 < apart < 10 * 40 and coupled - apart == chains.COVARIANCES * 40**2

@@ -9,6 +9,7 @@ import torch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.inference.chunks import (
     CHUNK_ELEMENTS,
+    COUPLED_ENTRIES,
     GRAPH_ELEMENTS,
     PIECE_ELEMENTS,
     different,
@@ -123,3 +124,18 @@ def test_repeated_draws_of_theta_are_taken_once() -> None:
     assert point.grad is not None and point.grad.tolist() == [6.0, 6.0]
     some, place = different(torch.zeros(7, 0))
     assert some.shape == (1, 0) and some[place].shape == (7, 0)
+
+
+def test_coupled_tasks_are_cut_by_the_size_of_their_covariances() -> None:
+    """70 tasks of 20 rows: chunks of one shape, none larger than the bound, and few θ at once."""
+    many = Tasks.from_arrays(None, [np.arange(20.0)] * 70)
+    chunks = list(task_chunks(many, exact_size=True, rounded=True))
+    shapes = {tuple(chunk.batch.mask.shape) for chunk in chunks}
+    assert shapes == {(16, 20)} and 16 * 20**2 <= COUPLED_ENTRIES < 32 * 20**2
+    assert sorted(i for chunk in chunks for i in chunk.index) == list(range(70))
+    (alone,) = task_chunks(Tasks.from_arrays(None, [np.arange(200.0)] * 2)[:1], exact_size=True)
+    assert alone.batch.mask.shape == (1, 200)
+    theta = torch.arange(1000.0).reshape(-1, 1)
+    parts = list(theta_chunks(theta, chunks[0].batch, exact_size=True))
+    assert all(part.numel() * 16 * 20**2 <= 1.1 * CHUNK_ELEMENTS for _, part in parts)
+    torch.testing.assert_close(torch.cat([part[: place.stop - place.start] for place, part in parts]), theta)
