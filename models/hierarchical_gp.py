@@ -72,6 +72,17 @@ def build(
         >>> bm.models.hierarchical_gp.build("matern52").predictor.blocks.d
         2
     """
+    _check(kernel, hyper, dim, noise)
+    for name, module in (("mean", mean), ("features", features)):
+        if not isinstance(module, nn.Module | None):
+            raise ValueError(f"hierarchical_gp: expected {name} as a module or None, got {module!r}")
+    covariance = Covariance(kernel, dim, mean, features)
+    scale = 0.0 if hyper == "shared" else None
+    prior = Gaussian(scale=scale, by="coordinate", loc_scale=LOC_SCALE, sd_scale=SD_SCALE).over(covariance.blocks)
+    return bm.HierarchicalModel(prior, covariance, labels, shared={"sigma": dist.LogNormal(math.log(noise), 1.0)})
+
+
+def _check(kernel: str, hyper: str, dim: int, noise: float) -> None:
     if kernel not in KERNELS:
         raise ValueError(f"hierarchical_gp: expected kernel as one of {sorted(KERNELS)}, got {kernel!r}")
     if hyper not in ("task", "shared"):
@@ -80,13 +91,6 @@ def build(
         raise ValueError(f"hierarchical_gp: expected dim, the numbers of an input, as a whole number ≥ 1, got {dim!r}")
     if not 0 < noise < math.inf:
         raise ValueError(f"hierarchical_gp: expected noise as a positive number in the units of y, got {noise!r}")
-    for name, module in (("mean", mean), ("features", features)):
-        if not isinstance(module, nn.Module | None):
-            raise ValueError(f"hierarchical_gp: expected {name} as a module or None, got {module!r}")
-    covariance = Covariance(kernel, dim, mean, features)
-    scale = 0.0 if hyper == "shared" else None
-    prior = Gaussian(scale=scale, by="coordinate", loc_scale=LOC_SCALE, sd_scale=SD_SCALE).over(covariance.blocks)
-    return bm.HierarchicalModel(prior, covariance, labels, shared={"sigma": dist.LogNormal(math.log(noise), 1.0)})
 
 
 class Covariance(nn.Module):

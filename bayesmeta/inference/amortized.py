@@ -92,6 +92,14 @@ class Amortized:
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self) -> None:
+        self._check_names()
+        if self.context is not None and self.objective not in EPISODIC:
+            names = " or ".join(repr(name) for name in EPISODIC)
+            raise ValueError(f"Amortized: context= belongs to objective={names}; give both or leave it out")
+        if self.guide is not None and (self.encoder, self.family, self.embed) != ("natural", "normal", None):
+            raise ValueError("Amortized: a guide of your own brings encoder, embed and family along; give only guide=")
+
+    def _check_names(self) -> None:
         choices: dict[str, Iterable[str]] = {
             "shared": SHARED,
             "objective": (*KNOWN_OBJECTIVES, *EPISODIC, "pac-bayes"),
@@ -102,11 +110,6 @@ class Amortized:
             value = getattr(self, name)
             if isinstance(value, str) and value not in known:
                 raise ValueError(f"Amortized: {name} must be one of {sorted(known)}, got {value!r}")
-        if self.context is not None and self.objective not in EPISODIC:
-            names = " or ".join(repr(name) for name in EPISODIC)
-            raise ValueError(f"Amortized: context= belongs to objective={names}; give both or leave it out")
-        if self.guide is not None and (self.encoder, self.family, self.embed) != ("natural", "normal", None):
-            raise ValueError("Amortized: a guide of your own brings encoder, embed and family along; give only guide=")
 
     def build(self, density: TaskDensity, tasks: Tasks) -> Guides:
         """Everything that training changes, as it is before the first step."""
@@ -168,11 +171,16 @@ def fit_amortized(
             history=behind,
             finished=None if checkpoint is None else functools.partial(checkpoint.store, guides),
         )
+    _settle(density, guides)
+    with torch.no_grad():
+        return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS, share=share), history
+
+
+def _settle(density: TaskDensity, guides: Guides) -> None:
+    """Ends training: the guide knows q(θ), learned values are plain numbers."""
     guides.task.follow(*guides.shared.centre())
     guides.values = {name: value.detach() for name, value in guides.values.items()}
     density.learned.values.update(guides.values)
-    with torch.no_grad():
-        return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS, share=share), history
 
 
 def _draws(density: TaskDensity, options: Amortized, tasks: int) -> int:

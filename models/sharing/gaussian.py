@@ -49,8 +49,7 @@ class Gaussian(Sharing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale is not None and not (isinstance(self.scale, int | float) and 0 <= self.scale < math.inf):
-            raise ValueError(f"Gaussian: expected scale as None or a finite number ≥ 0, got {self.scale!r}")
+        self._check_scale()
         if self.by not in ("block", "coordinate"):
             raise ValueError(f'Gaussian: expected by="block" or by="coordinate", got {self.by!r}')
         if self.cov not in ("diag", "full"):
@@ -63,6 +62,10 @@ class Gaussian(Sharing):
                 raise ValueError(
                     'Gaussian: spread pools learned scales; expected by="coordinate" and scale=None with it'
                 )
+
+    def _check_scale(self) -> None:
+        if self.scale is not None and not (isinstance(self.scale, int | float) and 0 <= self.scale < math.inf):
+            raise ValueError(f"Gaussian: expected scale as None or a finite number ≥ 0, got {self.scale!r}")
 
     def _check_pooled(self, spread: float) -> None:
         positive(self, spread=spread)
