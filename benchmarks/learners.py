@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 import bayesmeta as bm
+from bayesmeta import models
 from bayesmeta.models import neural_processes
 from benchmarks.predictors import Conditional, Hierarchical
 from benchmarks.scores import Predictor
 from benchmarks.suites import Suite
 
 T = TypeVar("T")
+KERNEL_TASKS = 100
+"""From how many tasks the prior of a kernel's two numbers is learned."""
 WARM, SHORT, LONG = 3, 5, 35
 """Steps of the runs from which the time of a step is told."""
 
@@ -121,6 +124,39 @@ def _by_evidence(suite: Suite, steps: int) -> bm.Amortized:
     return bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks))
 
 
+def _weights(module: Any) -> Learner:
+    """A learner all of whose weights are a task's own; their posterior is taken as it is."""
+
+    def method(suite: Suite, steps: int) -> bm.Amortized:
+        return module.method(optimizer=bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks))
+
+    return hierarchical(lambda suite, tasks, seed: module.build(tasks, seed=seed), method, refine="none")
+
+
+def _pacoh_gp(suite: Suite, steps: int) -> bm.Amortized:
+    return models.pacoh_gp.method(optimizer=bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks))
+
+
+def _last_layer(suite: Suite, tasks: bm.Tasks, seed: int) -> bm.HierarchicalModel:
+    return models.alpaca.build(dim=tasks.x.shape[1], features=10, seed=seed)
+
+
+def _last_layer_exactly(suite: Suite, steps: int) -> bm.Amortized:
+    optimizer = bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks)
+    return bm.Amortized(shared="map", guide=bm.guides.Exact(), optimizer=optimizer)
+
+
+def _hierarchical_gp(kernel: str) -> Learner:
+    """The kernel of each task its own; learned from few of the tasks, by its evidence: no steps, no seed."""
+
+    def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
+        model = models.hierarchical_gp.build(kernel, dim=tasks.x.shape[1])
+        method = bm.Marginal(shared="map", chains=1)
+        return Hierarchical(bm.fit(model, tasks[:KERNEL_TASKS], method=method, seed=seed, progress=False), "auto")
+
+    return learn
+
+
 def _shared_process(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
     """Exact: it takes the seconds it takes, and no seed."""
     return Conditional(bm.fit(bm.models.shared_process.build(tasks), tasks, seed=seed, progress=False))
@@ -133,5 +169,14 @@ LEARNERS: dict[str, Learner] = {
     "tnp": conditional(neural_processes.tnp.build, lr=1e-3),
     "conv-cnp": conditional(neural_processes.conv_cnp.build, lr=1e-3),
     "shared-process": _shared_process,
+    "hierarchical-gp": _hierarchical_gp("rbf"),
+    "hierarchical-gp-matern52": _hierarchical_gp("matern52"),
+    "alpaca": hierarchical(_last_layer, _last_layer_exactly),
+    "pacoh-gp": hierarchical(lambda suite, tasks, seed: models.pacoh_gp.build(tasks, seed=seed), _pacoh_gp),
+    "pacoh-nn": _weights(models.pacoh_nn),
+    "abml": _weights(models.abml),
+    "platipus": _weights(models.platipus),
+    "bmaml": _weights(models.bmaml),
+    "maml": conditional(models.maml.build),
     "multi-head": hierarchical(_network, _by_evidence),
 }

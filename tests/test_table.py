@@ -370,3 +370,15 @@ def test_every_suite_has_tasks_that_fit_together(name: str) -> None:
     assert not set(tasks.names) & set(at.target.names)
     if at.oracle is not None:
         assert np.isfinite(np.nanmean(score(at.oracle, at.context, at.target, draws=9, judge=at.judge).log_prob))
+
+
+@pytest.mark.parametrize("name", ["shared-process", "maml", "abml"])
+def test_a_learner_of_each_kind_is_scored(name: str) -> None:
+    """From an exact learner, from gradient steps, and from a posterior of weights."""
+    suite = suites()["sin20"]()
+    learned = learners.LEARNERS[name](suite, suite.training(5), budget=1e-3, seed=0)
+    context, target = bm.families.DriftingSinusoids(context_rows=3, target_rows=4).episodes(3, seed=2)
+    found = learned.predict(context, target, draws=20, seed=0)
+    assert learned.parameters >= 0
+    assert found.log_prob.shape == found.mean.shape == (3, 4) and found.draws.shape == (20, 3, 4)
+    assert np.isfinite(found.log_prob).all() and np.isfinite(found.draws).all()
