@@ -33,7 +33,7 @@ def build(
     *,
     hidden: Sequence[int] = (16, 16),
     likelihood: Any = None,
-    centre_scale: float = 0.5,
+    centre_scale: float = 1.0,
     tau: float = 0.2,
     tau_spread: float = 0.5,
     seed: int = 0,

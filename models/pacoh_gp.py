@@ -7,8 +7,8 @@ mean m and features h networks whose weights belong to θ, all normal a priori. 
 parameter is its level φ_i, whose posterior is Gaussian. Q*, the objective `bm.PACBayes`, is found as a point
 (`shared="map"`) or by particles (`"svgd"`).
 
-Deviations from the paper: features have scales instead of length scales; a level of each task; σ, s and τ are
-log-normal; new tasks weigh particles of θ by their own evidence.
+Deviations from the paper: by default h(x) = x; features have scales instead of length scales; a level of each task; σ,
+s and τ are log-normal; new tasks weigh particles of θ by their own evidence.
 
 References:
     Rothfuss, Fortuin, Josifoski, Krause: PACOH: Bayes-Optimal Meta-Learning with PAC-Guarantees, 2021,
@@ -37,8 +37,8 @@ def build(
     tasks: bm.Tasks,
     *,
     hidden: Sequence[int] = (16, 16),
-    features: int = 2,
-    weight_scale: float = 1.0,
+    features: int | None = None,
+    weight_scale: float = 0.3,
     seed: int = 0,
 ) -> bm.HierarchicalModel:
     """An unfitted PACOH-GP.
@@ -46,13 +46,15 @@ def build(
     Args:
         tasks: Training tasks, or others like them: they give shapes and units. One label a row, none missing.
         hidden: Units of the hidden layers of both networks.
-        features: Numbers in h(x).
-        weight_scale: Sd of the hyper-prior of each weight around the first ones, in standard units.
+        features: Numbers in h(x); None: h(x) = x, which few tasks cannot overfit.
+        weight_scale: Sd of the hyper-prior of each weight around the first ones, in standard units. It decides how far
+            networks may follow the training tasks: a wide one overfits few of them as training goes on.
         seed: Of the first weights.
 
     Returns:
-        A model with the task site `phi`, the level in sds of all labels, and the shared sites `mean_weights`,
-        `feature_weights`, `log_scales` of the features, and the log-normal `sigma`, `scale` and `tau`, in those units.
+        A model with the task site `phi`, the level, and the shared sites `mean_weights`, `feature_weights` (where there
+        are features), `log_scales` of the features, and the log-normal `sigma`, `scale` and `tau`; labels are in units
+        of their sd.
 
     Raises:
         ValueError: If an option or the tasks cannot be used.
@@ -87,29 +89,32 @@ class GaussianProcess(nn.Module):
     Args:
         reader: Units of inputs and labels.
         hidden: Units of the hidden layers of both networks.
-        features: Numbers in h(x).
+        features: Numbers in h(x), None for x itself.
     """
 
-    def __init__(self, reader: Reader, hidden: Sequence[int], features: int) -> None:
+    def __init__(self, reader: Reader, hidden: Sequence[int], features: int | None) -> None:
         super().__init__()
         self.reader = reader
-        self.mean, self.features = (Network([reader.dx, *hidden, k]) for k in (1, features))
+        self.mean = Network([reader.dx, *hidden, 1])
+        self.features = None if features is None else Network([reader.dx, *hidden, features])
 
     def hyper_priors(self, weight_scale: float, seed: int) -> dict[str, Distribution]:
         """The priors of the shared sites."""
-        mean, features = self.mean.first(seed), self.features.first(seed + 1)
-        scales = {"sigma": (0.1, 1.0), "scale": (1.0, 1.0), "tau": (0.3, 1.0)}
+        networks = {"mean_weights": self.mean, "feature_weights": self.features}
+        first = [(name, net.first(seed + k)) for k, (name, net) in enumerate(networks.items()) if net is not None]
+        count = self.reader.dx if self.features is None else self.features.sizes[-1]
+        medians = {"sigma": 0.1, "scale": 1.0, "tau": 0.3}
         return {
-            "mean_weights": dist.Normal(mean, weight_scale).to_event(1),
-            "feature_weights": dist.Normal(features, weight_scale).to_event(1),
-            "log_scales": dist.Normal(torch.zeros(self.features.sizes[-1]), 1.0).to_event(1),
-        } | {name: dist.LogNormal(math.log(median), spread) for name, (median, spread) in scales.items()}
+            **{name: dist.Normal(weights, weight_scale).to_event(1) for name, weights in first},
+            "log_scales": dist.Normal(torch.zeros(count), 1.0).to_event(1),
+            **{name: dist.LogNormal(math.log(median), 1.0) for name, median in medians.items()},
+        }
 
     def forward(self, phi: Tensor, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """Mean with the task's level, and scaled features, of x `(T, N, *dx)` for φ `(T, 1, 1)`."""
         rows = self.reader.inputs(x).to(phi.dtype)
-        mean = self.mean.evaluate(self.mean.blocks.split(shared["mean_weights"][None, None]), rows)
-        h = self.features.evaluate(self.features.blocks.split(shared["feature_weights"][None, None]), rows)
+        mean = _evaluated(self.mean, shared["mean_weights"], rows)
+        h = rows if self.features is None else _evaluated(self.features, shared["feature_weights"], rows)
         return torch.cat([mean + phi, h * shared["log_scales"].exp()], -1)
 
     def labels(self, f: Tensor, batch: bm.Batch, shared: Mapping[str, Tensor]) -> Distribution:
@@ -121,3 +126,8 @@ class GaussianProcess(nn.Module):
         loc, unit = self.reader.y_loc.to(f.dtype), self.reader.y_scale.to(f.dtype)
         covariance = unit.square() * (variance * torch.exp(-0.5 * squares) + noise)
         return dist.MultivariateNormal((loc + unit * mean).unsqueeze(1), covariance.unsqueeze(1))
+
+
+def _evaluated(network: Network, weights: Tensor, x: Tensor) -> Tensor:
+    """A network of shared weights `(d,)`."""
+    return network.evaluate(network.blocks.split(weights[None, None]), x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,6 @@ from torch import Tensor
 import bayesmeta as bm
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.models import pacoh_gp
-
-
-@functools.cache
-def fitted() -> tuple[bm.Tasks, bm.Fit]:
-    tasks = levels(12, 0)
-    method = pacoh_gp.method(optimizer=bm.Optimizer(steps=60))
-    return tasks, bm.fit(pacoh_gp.build(tasks, hidden=(3,)), tasks, method=method, progress=False)
 
 
 def process(shared: dict[str, Any], model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,8 +27,9 @@ def process(shared: dict[str, Any], model: Any, x: Tensor) -> tuple[Tensor, Tens
 
 
 def test_the_level_has_its_exact_posterior_and_new_rows_those_of_the_process() -> None:
-    tasks, fit = fitted()
-    model = pacoh_gp.build(tasks, hidden=(3,))
+    tasks = levels(12, 0)
+    model = pacoh_gp.build(tasks, hidden=(3,), features=2)
+    fit = bm.fit(model, tasks, method=pacoh_gp.method(optimizer=bm.Optimizer(steps=60)), progress=False)
     names = ("mean_weights", "feature_weights", "log_scales", "sigma", "scale", "tau")
     shared = {name: fit.shared.mean(name) for name in names}
     new, target = levels(4, 1).context_target(context=4, seed=0)
@@ -58,9 +51,11 @@ def test_the_level_has_its_exact_posterior_and_new_rows_those_of_the_process() -
     assert (post.flag == "").all() and (post.ess > 0.3).all()
 
 
-def test_the_likelihood_is_that_of_all_labels_together() -> None:
+@pytest.mark.parametrize("features", [None, 2])
+def test_the_likelihood_is_that_of_all_labels_together(features: int | None) -> None:
     tasks = levels(3, 0)
-    model: Any = pacoh_gp.build(tasks, hidden=(3,))
+    model: Any = pacoh_gp.build(tasks, hidden=(3,), features=features)
+    assert len(model.predictor.hyper_priors(0.3, 0)) == (5 if features is None else 6)
     density = TaskDensity(model, tasks)
     theta = density.prior_scale()[0]
     noise = torch.tensor([[0.5], [-1.0], [0.0]], dtype=torch.float64)
