@@ -249,3 +249,35 @@ def test_with_an_exact_guide_the_slope_of_q_counts_too() -> None:
     assert -5 * float(loss.detach()) == pytest.approx(log_evidence(), rel=1e-9)
     assert all(float(p.grad.abs().max()) < 1e-9 for p in shared.parameters() if p.grad is not None)
     assert shared.mean.grad is not None
+
+
+def test_with_an_exact_guide_learned_values_follow_the_evidence() -> None:
+    """A noise that is a trained parameter: its slope needs second moments of φ, against central differences."""
+
+    def model(batch: Batch) -> None:
+        noise = pyro.param("noise", torch.tensor(0.5, dtype=torch.float64), dist.constraints.positive)
+        with batch.tasks():
+            a = pyro.sample("a", dist.Normal(torch.zeros(2), TAU).to_event(1))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(a[..., 0] + 0.5 * a[..., 1], noise), obs=batch.y)
+
+    tasks = make_tasks(ROWS)
+    density = TaskDensity(model, tasks)
+    guide = ExactGuide()
+    guide.attach(density, tasks)
+    batch = tasks.batch(np.arange(len(tasks)))
+    values = {"noise": torch.tensor(-0.4, dtype=torch.float64).requires_grad_()}
+    density.learned.values.update(values)
+    shared = PointShared(*density.prior_scale())
+    step = Step(guide.prepare(batch, density.tensors(batch)), len(tasks), 1)
+    elbo(density, Guides(shared, guide, values), step)[0].backward()
+
+    def exactly(log_noise: float) -> float:
+        found = 0.0
+        for y in map(np.array, ROWS.values()):
+            covariance = np.exp(2 * log_noise) * np.eye(len(y)) + 1.25 * TAU**2
+            found -= 0.5 * (y @ np.linalg.solve(covariance, y) + np.linalg.slogdet(2 * np.pi * covariance)[1])
+        return found
+
+    slope = (exactly(-0.4 + 1e-5) - exactly(-0.4 - 1e-5)) / 2e-5
+    assert -5 * float(values["noise"].grad) == pytest.approx(slope, rel=1e-6)

@@ -222,4 +222,8 @@ def test_pairs_come_once_each_in_pieces_of_few_sizes(draws: int, tasks: int, lim
     pieces = list(_pairs(draws, tasks, limit))
     pairs = [pair for draw, task in pieces for pair in zip(draw.tolist(), task.tolist(), strict=True)]
     assert sorted(pairs) == [(draw, task) for draw in range(draws) for task in range(tasks)]
-    assert len({len(draw) for draw, _ in pieces}) <= 2 and max(len(draw) for draw, _ in pieces) <= max(1, limit)
+    assert max(len(draw) for draw, _ in pieces) <= max(1, limit)
+
+
+def test_groups_of_all_lengths_have_pieces_of_two_sizes() -> None:
+    assert {len(draw) for tasks in range(1, 20) for draw, _ in _pairs(3, tasks, 12)} == {3, 12}
