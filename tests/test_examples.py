@@ -46,7 +46,7 @@ def test_components() -> None:
 
 
 def test_custom_likelihood() -> None:
-    found = load("custom_likelihood").main(steps=STEPS, progress=False)
+    found = load("custom_likelihood").main(steps=1000, progress=False)
     assert found["error in sds"] < 4
     assert found["scale"] < 0.5 * (0.6 + found["naive"])
     assert 0.76 < found["inside"] < 1.0

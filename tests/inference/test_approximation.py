@@ -198,3 +198,12 @@ def test_around_a_point_estimate_fewer_theta_tell_the_same_error() -> None:
     spread = draws(THETA.repeat(20, 1))
     many, few = (assess(density, function, tasks, spread, point=point)["error"] for point in (False, True))
     assert many > 0.5 and abs(few / many - 1) < 4 / np.sqrt(2 * LOOKED_AT_AROUND_A_POINT)
+
+
+def test_estimates_add_up_over_chunks_of_tasks() -> None:
+    """600 Gaussian tasks, more than one chunk: their log evidence itself, not only how it moves with θ."""
+    tasks = make_tasks(drawn_rows(600, seed=0))
+    density = TaskDensity(centre, tasks)
+    theta = torch.tensor([[0.8], [1.0], [1.2]], dtype=torch.float64)
+    found = compare(density, Evidence(density, tasks, kind="closed form"), tasks, theta)
+    assert float(found.ratios.abs().max()) < 4 * np.sqrt(600 * 0.5 / 16)
