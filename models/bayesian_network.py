@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import bayesmeta as bm
+from bayesmeta.models.arguments import check_tasks
 from bayesmeta.models.conditioning.base import Conditioned
 from bayesmeta.models.conditioning.units import standardized, width
 from bayesmeta.models.sharing import Block, Blocks
@@ -55,6 +56,7 @@ def build(
     Raises:
         ValueError: If a number is out of range, inputs are text, or there are no labels.
     """
+    check_tasks("bayesian_network", tasks)
     observed = bm.likelihoods.Normal() if likelihood is None else likelihood
     network = Network([math.prod(tasks.schema.x_shape), *_units(hidden), width(observed)])
     first = network.first(seed)

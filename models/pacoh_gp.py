@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 import bayesmeta as bm
+from bayesmeta.models.arguments import check_tasks
 from bayesmeta.models.bayesian_network import Network
 from bayesmeta.models.neural_processes.sets import Reader
 
@@ -59,6 +60,7 @@ def build(
     Raises:
         ValueError: If an option or the tasks cannot be used.
     """
+    check_tasks("pacoh_gp", tasks)
     if tasks.schema.y_shape != ():
         raise ValueError(f"pacoh_gp: expected one label a row, got labels of shape {tasks.schema.y_shape}")
     function = GaussianProcess(Reader(tasks), hidden, features).double()

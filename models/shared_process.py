@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesmeta as bm
+from bayesmeta.models.arguments import check_tasks
 
 MOST_ROWS = 4000
 JITTER = 1e-6
@@ -80,6 +81,7 @@ def build(tasks: bm.Tasks, *, kernel: str | None = None) -> bm.ConditionalModel:
 def _check(tasks: bm.Tasks, kernel: str | None) -> None:
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"shared_process: expected kernel as one of {sorted(KERNELS)} or None, got {kernel!r}")
+    check_tasks("shared_process", tasks)
     shaped = tasks.y.dim() == 1 and tasks.x.dim() == 2 and tasks.x.shape[1] > 0
     if not (shaped and 1 < len(tasks.y) <= MOST_ROWS and bool(tasks.observed.all())):
         raise ValueError(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesmeta as bm
+from bayesmeta.models.arguments import check_tasks
 from bayesmeta.models.neural_processes.attention import Attention, Null
 from bayesmeta.models.neural_processes.latent import Draws, LatentPath, LatentProcess, Objective, objective_of
 from bayesmeta.models.neural_processes.outputs import Output
@@ -63,6 +64,7 @@ def build(
         ValueError: If an option or the tasks cannot be used.
     """
     check_sizes("attentive_np", width=width, depth=depth)
+    check_tasks("attentive_np", tasks)
     sizes = sizes_of(tasks, context)
     with initial(seed):
         reader = Reader(tasks, output)

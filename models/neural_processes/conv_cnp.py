@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesmeta as bm
+from bayesmeta.models.arguments import check_tasks
 from bayesmeta.models.neural_processes.outputs import Output
 from bayesmeta.models.neural_processes.sets import NeuralProcess, Reader, Rows, check_sizes, initial, mlp, sizes_of
 
@@ -63,6 +64,7 @@ def build(
     check_sizes("conv_cnp", width=width, depth=depth, points=points)
     if not margin >= 0:
         raise ValueError(f"conv_cnp: expected margin ≥ 0, got {margin!r}")
+    check_tasks("conv_cnp", tasks)
     if math.prod(tasks.schema.x_shape) != 1:
         raise ValueError(
             f"conv_cnp: expected x to be one number, got shape {tasks.schema.x_shape}; take tnp, attentive_np or cnp"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 import bayesmeta as bm
+from bayesmeta.models.arguments import check_tasks
 from bayesmeta.models.neural_processes.outputs import Normal, Output
 
 
@@ -69,6 +70,7 @@ class Reader(nn.Module):
     def __init__(self, tasks: bm.Tasks, output: Output | None = None) -> None:
         super().__init__()
         self.output = Normal() if output is None else output
+        check_tasks("neural process", tasks)
         _check(tasks, self.output)
         labels = math.prod(tasks.schema.y_shape)
         self.indicate = tasks.schema.missing and labels > 1
