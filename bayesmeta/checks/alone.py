@@ -17,7 +17,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import psis
 from bayesmeta.inference.candidates import candidates
-from bayesmeta.inference.correction import Adapted
+from bayesmeta.inference.correction import LEAST, Adapted, flattened
 from bayesmeta.inference.objectives import Guides
 
 PRIOR_SHARE = 0.15
@@ -92,7 +92,7 @@ def _improved(density: TaskDensity, guides: Guides, task: Tasks, sample: _Sample
     for _ in range(ROUNDS - 1):
         if sample.ess >= 2 * psis.MIN_RELATIVE_ESS:
             break
-        proposal = Adapted(sample.theta, _tempered(sample.log_weight, least=20 * (dim + 1)))
+        proposal = Adapted(sample.theta, flattened(sample.log_weight, least=LEAST * (dim + 1)))
         from_prior = torch.rand(count, 1) < PRIOR_SHARE
         theta = torch.where(from_prior, density.draw_theta(count), proposal.sample(count))
         log_prior = density.log_prior(theta)
@@ -102,12 +102,3 @@ def _improved(density: TaskDensity, guides: Guides, task: Tasks, sample: _Sample
         better = _Sample(theta, drawn.noise[:, 0], drawn.log_weight[:, 0] + correction)
         sample = better if better.ess > sample.ess else sample
     return sample
-
-
-def _tempered(log_weight: Tensor, *, least: int) -> Tensor:
-    """Log weights raised to the largest power ≤ 1 that leaves `least` effective draws: a fit to few draws collapses."""
-    usable = torch.nan_to_num(log_weight, nan=psis.NO_WEIGHT, neginf=psis.NO_WEIGHT)
-    power = 1.0
-    while power > 1e-4 and float(psis.relative_ess((power * usable).numpy())) * len(usable) < least:
-        power *= 0.7
-    return power * usable

@@ -301,7 +301,7 @@ class _Judge:
         guides = self._args[1]
         guides.task.follow(*guides.shared.centre())
         with torch.no_grad():
-            drawn = correct_shared(*self._args, draws=CHECK_DRAWS, budget=CHECK_BUDGET, share=self._share)
+            drawn = correct_shared(*self._args, draws=CHECK_DRAWS, budget=CHECK_BUDGET, share=self._share, rounds=0)
         settled = bound - self._bound < SETTLED
         self._bound = bound
         good = drawn.status == "corrected" and drawn.ess >= GOOD_SHARE * reachable_ess(drawn.theta.shape[1])

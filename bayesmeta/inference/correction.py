@@ -32,6 +32,8 @@ PILOT_TASKS = 2000
 ADAPTED_WIDTH = 1.1
 SPOILT = 2.0
 """An adapted proposal whose weights spread so much more is not used: one t(5) over several modes of θ."""
+ROUNDS, LEAST = 6, 20
+"""Proposals tried one after another where too few draws count to adapt one; each is fitted to 20 draws a dimension."""
 MIN_DRAWS = 200
 MIN_ESS, MIN_EFFECTIVE = 0.05, 10
 """θ counts as corrected only if this share of its draws, and so many of them, are effective."""
@@ -70,13 +72,18 @@ def correct_shared(
     draws: int,
     budget: int = FULL_BUDGET,
     share: float = 1.0,
+    rounds: int = ROUNDS,
 ) -> SharedDraws:
     """Weighs draws of θ by prior(θ) (Π p̂(D_i | θ))^share / proposal(θ).
 
     The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first,
-    unless it is worse by far, as where θ has several modes. Where the evidence of all tasks together is too noisy for
-    that, or fewer than 10 draws would count, as in hundreds of dimensions, q's own draws are returned as
+    unless it is worse by far, as where θ has several modes. Where too few draws of the first count, up to `rounds`
+    proposals fitted to flattened weights lead towards the posterior. Where the evidence of all tasks together is too
+    noisy for that, or fewer than 10 draws would count, as in hundreds of dimensions, q's own draws are returned as
     "uncorrected".
+
+    References:
+        Cappé, Guillin, Marin, Robert: Population Monte Carlo, 2004, https://doi.org/10.1198/106186004X12803
     """
     if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared | PriorShared):
         plug_in = density.structure.shared_size and isinstance(guides.shared, PointShared)
@@ -89,25 +96,45 @@ def correct_shared(
     if variance > 1 or affordable < MIN_DRAWS:
         return _equal(guides.shared.sample(draws), "uncorrected", math.inf, math.nan)
     score = functools.partial(_log_target, density, guides, tasks, per_theta, share)
-    found = weigh_shared(guides.shared, score, draws=draws, affordable=affordable)
+    found = weigh_shared(guides.shared, score, draws=draws, affordable=affordable, rounds=rounds)
     if not found.ess * len(found.theta) >= MIN_EFFECTIVE:
         return _equal(guides.shared.sample(draws), "uncorrected", found.khat, found.ess)
     return found
 
 
 def weigh_shared(
-    shared: SharedPosterior, score: Callable[[Tensor], Tensor], *, draws: int, affordable: int, adapt: bool = True
+    shared: SharedPosterior,
+    score: Callable[[Tensor], Tensor],
+    *,
+    draws: int,
+    affordable: int,
+    adapt: bool = True,
+    rounds: int = ROUNDS,
 ) -> SharedDraws:
-    """Weighs draws of θ by their log density `score` `(S, d_theta) -> (S,)`, twice: the first time to adapt."""
-    wide = Wide(shared)
-    first = wide.sample(max(MIN_DRAWS, min(draws // 4, affordable)))
+    """Weighs draws of θ by their log density `score` `(S, d_theta) -> (S,)`, at least twice: first to adapt."""
+    proposal: Wide | Adapted = Wide(shared)
+    first = proposal.sample(max(MIN_DRAWS, min(draws // 4, affordable)))
     log_target = score(first)
-    log_weight = log_target - wide.log_prob(first)
-    if not adapt or not _usable(log_weight, first.shape[1]):
+    log_weight = log_target - proposal.log_prob(first)
+    if not adapt:
+        return weighed(first, log_weight)
+    dim = first.shape[1]
+    usable = _usable(log_weight, dim)
+    for _ in range(rounds):
+        flat = flattened(log_weight, least=LEAST * (dim + 1))
+        if usable or not _usable(flat, dim):
+            break
+        proposal = Adapted(first, flat)
+        first = proposal.sample(len(first))
+        log_target = score(first)
+        log_weight = log_target - proposal.log_prob(first)
+        usable = _usable(log_weight, dim)
+    if not usable:
         return weighed(first, log_weight)
     adapted = Adapted(first, log_weight)
-    one, two = (_log_spread(log_target, log_weight, q.log_prob(first)) for q in (wide, adapted))
-    proposal = wide if float(two - one) > math.log(SPOILT) else adapted
+    one, two = (_log_spread(log_target, log_weight, q.log_prob(first)) for q in (proposal, adapted))
+    if float(two - one) <= math.log(SPOILT):
+        proposal = adapted
     theta = proposal.sample(max(MIN_DRAWS, min(draws, affordable)))
     return weighed(theta, score(theta) - proposal.log_prob(theta))
 
@@ -153,6 +180,15 @@ class Adapted:
         white = torch.linalg.solve_triangular(self._factor, (theta.double() - self._mean).mT, upper=False).mT
         log_det = -self._factor.diagonal().log().sum()
         return student_t_log_prob(white.square().sum(-1), log_det, theta.shape[1])
+
+
+def flattened(log_weight: Tensor, *, least: int) -> Tensor:
+    """Log weights raised to the largest power ≤ 1 that leaves `least` effective draws: a fit to few draws collapses."""
+    usable = torch.nan_to_num(log_weight, nan=psis.NO_WEIGHT, neginf=psis.NO_WEIGHT)
+    power = 1.0
+    while power > 1e-4 and float(psis.relative_ess((power * usable).numpy())) * len(usable) < least:
+        power *= 0.7
+    return power * usable
 
 
 def _log_spread(log_target: Tensor, log_weight: Tensor, log_proposal: Tensor) -> Tensor:

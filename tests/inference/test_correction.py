@@ -65,8 +65,30 @@ def test_an_exact_q_is_used_nearly_in_full() -> None:
 
 def test_a_q_far_from_the_posterior_is_reported() -> None:
     """Too few of its draws lie under the posterior: the weights fail, and say so."""
-    drawn = corrected(shift=60.0, width=0.3)
+    density, guides, data = setting(ROWS, shift=60.0, width=0.3)
+    guides.task = ExactGuide(0.0, 1.0)
+    drawn = correct_shared(density, guides, data, draws=DRAWS, rounds=0)
     assert drawn.status == "uncorrected" and drawn.khat > 0.7
+
+
+@pytest.mark.parametrize(
+    "options", [{"shift": 6.0, "width": 0.5}, {"shift": -12.0, "width": 1.5}, {"shift": 60.0, "width": 0.3}]
+)
+def test_a_q_that_is_off_by_many_sds_is_led_to_the_posterior(options: dict[str, float]) -> None:
+    density, guides, data = setting(ROWS, **options)
+    guides.task = ExactGuide(0.0, 1.0)
+    assert correct_shared(density, guides, data, draws=DRAWS, rounds=0).status == "uncorrected"
+    drawn = correct_shared(density, guides, data, draws=DRAWS)
+    assert drawn.status == "corrected" and drawn.ess > 0.5
+    assert close(*moments(drawn), truth(), DRAWS * drawn.ess)
+
+
+def test_weights_without_a_number_lead_nowhere_and_are_reported() -> None:
+    def dead(theta: torch.Tensor) -> torch.Tensor:
+        return torch.where(theta[:, 0] == theta[:, 0].max(), 0.0, -torch.inf).double()
+
+    density, guides, _ = setting(ROWS)
+    assert weigh_shared(guides.shared, dead, draws=DRAWS, affordable=DRAWS).status == "uncorrected"
 
 
 def test_where_few_draws_would_count_those_of_q_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
