@@ -17,6 +17,7 @@ from torch import nn
 import bayesmeta as bm
 from bayesmeta import models
 from bayesmeta.models import neural_processes
+from benchmarks import sensors
 from benchmarks.predictors import Conditional, Hierarchical
 from benchmarks.scores import Predictor
 from benchmarks.suites import Suite
@@ -146,15 +147,20 @@ def _last_layer_exactly(suite: Suite, steps: int) -> bm.Amortized:
     return bm.Amortized(shared="map", guide=bm.guides.Exact(), optimizer=optimizer)
 
 
-def _hierarchical_gp(kernel: str) -> Learner:
-    """The kernel of each task its own; learned from few of the tasks, by its evidence: no steps, no seed."""
+def _by_marginal(build: Callable[[int], bm.HierarchicalModel], *, most: int | None = None) -> Learner:
+    """A learner from `build(inputs)` whose θ is optimised on the evidence of at most so many tasks, without steps."""
 
     def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
-        model = models.hierarchical_gp.build(kernel, dim=tasks.x.shape[1])
         method = bm.Marginal(shared="map", chains=1)
-        return Hierarchical(bm.fit(model, tasks[:KERNEL_TASKS], method=method, seed=seed, progress=False), "auto")
+        fit = bm.fit(build(tasks.x.shape[1]), tasks[:most], method=method, seed=seed, progress=False)
+        return Hierarchical(fit, "auto")
 
     return learn
+
+
+def _hierarchical_gp(kernel: str) -> Learner:
+    """The kernel of each task its own."""
+    return _by_marginal(lambda dim: models.hierarchical_gp.build(kernel, dim=dim), most=KERNEL_TASKS)
 
 
 def _shared_process(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
@@ -178,5 +184,6 @@ LEARNERS: dict[str, Learner] = {
     "platipus": _weights(models.platipus),
     "bmaml": _weights(models.bmaml),
     "maml": conditional(models.maml.build),
+    "sensors": _by_marginal(sensors.build),
     "multi-head": hierarchical(_network, _by_evidence),
 }

@@ -44,11 +44,16 @@ def fixed_rows(suite: Suite, tasks: bm.Tasks) -> list[Trained]:
 def learned_rows(
     suite: Suite, tasks: bm.Tasks, models: Sequence[str], *, budget: float, seeds: Sequence[int]
 ) -> list[Trained]:
-    """Trains learners, each with each seed."""
+    """Trains learners, each with each seed; one that refuses such tasks keeps an empty row."""
     found: list[Trained] = []
     for name in models:
         for seed in seeds:
-            predictor, seconds = timed(lambda: LEARNERS[name](suite, tasks, budget=budget, seed=seed))  # noqa: B023
+            try:
+                predictor, seconds = timed(lambda: LEARNERS[name](suite, tasks, budget=budget, seed=seed))  # noqa: B023
+            except ValueError as error:
+                say(f"{name} refuses {suite.about}: {error}")
+                found.append((f"{name}: refused", name, None, 0.0))
+                break
             say(f"trained {name}, seed {seed}: {seconds:.0f} CPU s")
             found.append((f"{name}, seed {seed}" if len(seeds) > 1 else name, name, predictor, seconds))
     return found
@@ -74,9 +79,10 @@ def scored(
         joint_rows: How many rows of a task are scored together at most.
     """
     rows = []
-    for title, learner, predictor, seconds in [(suite.oracle, "", at.oracle, 0.0), *trained]:
+    oracle = suite.oracle if at.oracle is not None else f"{suite.oracle}: not known"
+    for title, learner, predictor, seconds in [(oracle, "", at.oracle, 0.0), *trained]:
         if predictor is None:
-            rows.append(Row(f"{title}: not known", None))
+            rows.append(Row(title, None))
             continue
         found = score(predictor, at.context, at.target, draws=draws, joint_rows=joint_rows, judge=at.judge)
         rows.append(Row(title, found, predictor.parameters, seconds, learner))

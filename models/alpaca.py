@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,8 +33,7 @@ def build(
     dim: int = 1,
     features: int = 16,
     outputs: int = 1,
-    width: int = 64,
-    depth: int = 2,
+    hidden: Sequence[int] = (64, 64),
     cov: Literal["diag", "full"] = "diag",
     likelihood: Any = None,
     seed: int = 0,
@@ -45,8 +45,7 @@ def build(
         dim: Numbers of an input, for that perceptron.
         features: Numbers that h gives for a row.
         outputs: Numbers that the likelihood takes for a row.
-        width: Numbers in every hidden layer.
-        depth: Hidden layers.
+        hidden: Numbers in each of its hidden layers.
         cov: "diag", or "full" to learn correlations between the numbers of φ.
         likelihood: One of `bm.likelihoods`, or a function of `(f, batch, shared)`; None is
             `Normal(prior_scale=1.0)`, for labels of order one.
@@ -64,15 +63,20 @@ def build(
         >>> bm.models.alpaca.build(features=8)
         HierarchicalModel(phi: Gaussian, y: Normal, shared: mu, tau, sigma)
     """
-    for name, value in {"dim": dim, "features": features, "outputs": outputs, "width": width, "depth": depth}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"alpaca: expected {name} as a whole number ≥ 1, got {value!r}")
+    _check_sizes({"dim": [dim], "features": [features], "outputs": [outputs], "hidden": hidden})
     if not isinstance(network, nn.Module | None):
         raise ValueError(f"alpaca: expected network as a module (T, N, *dx) -> (T, N, features), got {network!r}")
-    h = _perceptron([dim, *[width] * depth, features], seed) if network is None else network
+    h = _perceptron([dim, *hidden, features], seed) if network is None else network
     observed = bm.likelihoods.Normal(prior_scale=1.0) if likelihood is None else likelihood
     prior = bm.priors.Gaussian(features * outputs, cov=cov, loc_scale=1.0, sd_scale=1.0)
     return bm.HierarchicalModel(prior, LastLayer(h, features, outputs), observed)
+
+
+def _check_sizes(sizes: Mapping[str, Sequence[int]]) -> None:
+    for name, values in sizes.items():
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"alpaca: expected {name} as whole numbers ≥ 1, got {value!r}")
 
 
 class LastLayer(nn.Module):

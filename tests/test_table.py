@@ -16,7 +16,7 @@ from torch.distributions import Distribution, MixtureSameFamily, Normal
 
 import bayesmeta as bm
 from bayesmeta.data.families.kernels import rbf
-from benchmarks import learners, pooling, table
+from benchmarks import learners, pooling, sensors, table
 from benchmarks.modes import BothKinds
 from benchmarks.predictors import Conditional, Direct, Hierarchical, trivial
 from benchmarks.report import HEADINGS, Row, Table
@@ -370,6 +370,29 @@ def test_every_suite_has_tasks_that_fit_together(name: str) -> None:
     assert not set(tasks.names) & set(at.target.names)
     if at.oracle is not None:
         assert np.isfinite(np.nanmean(score(at.oracle, at.context, at.target, draws=9, judge=at.judge).log_prob))
+
+
+def test_a_learner_that_refuses_the_tasks_keeps_an_empty_row() -> None:
+    """The sensors' model of tasks with one input."""
+    suite = suites()["sin20"]()
+    trained = table.learned_rows(suite, suite.training(5), ["sensors"], budget=1.0, seeds=[0, 1])
+    assert trained == [("sensors: refused", "sensors", None, 0.0)]
+    found = table.scored("sin20", suite, suite.evaluation(3), trained, draws=9)
+    assert found.rows[-1].name == "sensors: refused" and found.rows[-1].scores is None
+
+
+def test_the_sensors_model_learns_what_moves_readings_and_their_noise() -> None:
+    """Readings that return to the one before, and are noisier where they have just moved more."""
+    rng = np.random.default_rng(0)
+    before = rng.normal(20.0, 1.0, (3, 80, 3)).round(2)
+    moved = np.abs(before[..., 0] - before[..., 1])
+    y = before[..., 0] - 0.3 * (before[..., 0] - before[..., 1]) + 0.1 * (moved + 0.005) * rng.standard_t(4, (3, 80))
+    x = np.concatenate([before, rng.uniform(size=(3, 80, 1))], -1)
+    tasks = bm.Tasks.from_arrays(list(x), list(y))
+    fit = bm.fit(sensors.build(4), tasks, method=bm.Marginal(shared="map", chains=1), progress=False)
+    weights, noise = fit.shared.mean("weights"), fit.shared.mean("noise")
+    np.testing.assert_allclose(weights, np.r_[-0.3, np.zeros(6)], atol=0.05)
+    assert noise[:2].sum() > 0.5 and np.abs(noise[2:]).max() < 0.5
 
 
 @pytest.mark.parametrize("name", ["shared-process", "maml", "abml"])

@@ -21,10 +21,12 @@ from bayesmeta.hierarchy.networks import MLP, RowInputs
 from bayesmeta.inference.adaptation import Variational as Variational
 from bayesmeta.inference.diagonal_svgd import DiagonalSVGD as DiagonalSVGD
 from bayesmeta.inference.exact import ExactGuide
+from bayesmeta.inference.gaussian import DiagonalTasks as DiagonalTasks
 from bayesmeta.inference.gaussian import Lower, NaturalTasks
 from bayesmeta.inference.gradient import Gradient as Gradient
 from bayesmeta.inference.loadings import ThetaStandardiser
-from bayesmeta.inference.protocols import Context, TaskGuide
+from bayesmeta.inference.protocols import Context as Context
+from bayesmeta.inference.protocols import TaskGuide as TaskGuide
 from bayesmeta.inference.svgd import SVGD as SVGD
 
 QUADRATIC_INPUTS = 12

@@ -91,7 +91,7 @@ def test_weights_are_learned() -> None:
     """Sinusoids from 200 tasks: features that know them; five rows beat none, which beat nothing."""
     family = bm.families.Sinusoids(target_rows=20)
     train, _ = family.simulate(200, rows=10, seed=0)
-    model = alpaca.build(features=6, width=24)
+    model = alpaca.build(features=6, hidden=(24, 24))
     optimizer = bm.Optimizer(steps=400, batch_tasks=50, lr=0.02)
     method = bm.Amortized(shared="map", guide=bm.guides.Exact(), optimizer=optimizer)
     fit = bm.fit(model, train, method=method, progress=False)
@@ -134,8 +134,8 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"features": 0}, "features as a whole number"),
-        ({"width": 2.5}, "width as a whole number"),
+        ({"features": 0}, "features as whole numbers"),
+        ({"hidden": (8, 2.5)}, "hidden as whole numbers"),
         ({"network": 3}, "network as a module"),
     ],
 )
