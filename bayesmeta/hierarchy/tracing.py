@@ -188,7 +188,7 @@ class _Handler(Messenger):
         self._replacements.update(self._learned.buffers)
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = msg["fn"]
+        fn = msg["fn"] = whitening.unvalidated(msg["fn"])
         if isinstance(fn, _Subsample):
             _check_plate(msg["name"], fn)
             return

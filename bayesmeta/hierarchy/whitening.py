@@ -9,6 +9,7 @@ from the moments of the prior, smooth in its parameters). The first two are exac
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,22 @@ def _strip(fn: dist.TorchDistribution) -> dist.TorchDistribution:
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
     return fn
+
+
+def unvalidated(fn: Any) -> Any:
+    """The distribution, or a copy, that does not look at values: what does cannot be recorded as a graph.
+
+    One that was expanded outside the model keeps on validating whatever Pyro's switch says.
+    """
+    inner = {k: v for k, v in vars(fn).items() if isinstance(v, torch.distributions.Distribution)}
+    changed = {k: quiet for k, v in inner.items() if (quiet := unvalidated(v)) is not v}
+    if vars(fn).get("_validate_args", False):
+        changed["_validate_args"] = False
+    if not changed:
+        return fn
+    plain = copy.copy(fn)
+    vars(plain).update(changed)
+    return plain
 
 
 def kind(fn: dist.TorchDistribution) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy import likelihoods
+from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel, with_conditional
 from bayesmeta.hierarchy.priors import Gaussian
 
@@ -352,3 +354,20 @@ def test_an_undeclared_shared_parameter_is_named() -> None:
         ValueError, match=r"unknown shared parameter 's'; known: \['mu', 'tau'\]. Declare it with shared="
     ):
         model(tasks.batch([0, 1]))
+
+
+def test_shared_sites_expanded_outside_the_model_are_recorded() -> None:
+    """`dist.Normal(0, 1).expand([k])`, the field's idiom, would go on validating inside the model."""
+    weights = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+    model = HierarchicalModel(
+        dist.Normal(0.0, 1.0).expand([1]).to_event(1),
+        lambda phi, x, shared: phi[..., 0] + (x * shared["weights"]).sum(-1),
+        likelihoods.Normal(),
+        shared={"weights": weights},
+    )
+    rng = np.random.default_rng(0)
+    tasks = Tasks.from_arrays(list(rng.normal(size=(3, 4, 2))), list(rng.normal(size=(3, 4))))
+    density = TaskDensity(model, tasks)
+    batch = tasks.batch(slice(None))
+    density.log_task(torch.zeros(density.structure.shared_size), torch.zeros(3, 1), density.tensors(batch), {})
+    assert set(density.log_task.status.values()) == {"recorded"}
