@@ -44,7 +44,7 @@ def new_rows(phi: Tensor, shared: Mapping[str, Tensor], context: bm.Batch, x: Te
     return dist.MixtureSameFamily(dist.Categorical(torch.cat([share, 1 - share], -1)), rows)
 
 
-def main(*, count: int = 300, new: int = 200, steps: int | None = 1000, progress: bool = True) -> dict[str, float]:
+def main(*, count: int = 300, new: int = 200, steps: int | None = 3000, progress: bool = True) -> dict[str, float]:
     """Fits, and returns how the probability of a sinusoid compares with the exact one, for tasks of three points.
 
     Args:

@@ -151,6 +151,15 @@ def test_information_is_that_of_two_coins() -> None:
     np.testing.assert_allclose(load("next_dose").information(post), [[np.log(2), 0.0]], atol=1e-12)
 
 
+def test_out_of_range(tmp_path: pathlib.Path) -> None:
+    found = load("out_of_range").main(known=15, read=300, new=40, steps=400, out=tmp_path, progress=False)
+    process = {place: found[f"Gaussian process, {place}"] for place in ("inside", "outside")}
+    assert all(0.8 < covered < 0.96 for covered, _ in process.values())
+    assert process["outside"][1] > 3 * process["inside"][1]
+    assert found["Bayesian last layer, outside"][0] < process["outside"][0] - 0.1
+    assert (tmp_path / "out_of_range.png").stat().st_size > 10_000
+
+
 def test_sinusoid_or_line() -> None:
     found = load("sinusoid_or_line").main(count=200, new=60, steps=600, progress=False)
     assert found["ambiguous"] >= 5
