@@ -17,7 +17,7 @@ import torch
 from levels import NOISE, code_lines, exact, levels
 
 import bayesmeta as bm
-from bayesmeta.models import abml, bmaml, pacoh_gp, pacoh_nn, platipus
+from bayesmeta.models import abml, alpaca, bmaml, hierarchical_gp, latent_gp, pacoh_gp, pacoh_nn, platipus
 
 SMALL = {"hidden": (4,)}
 
@@ -35,12 +35,30 @@ class Learner:
     def build(self, tasks: bm.Tasks, **more: Any) -> Any:
         return self.file.build(tasks, **self.options, **more)
 
-    def steps(self, count: int) -> bm.Amortized:
+    def steps(self, count: int) -> Any:
         made: bm.Amortized = self.file.method(**self.method, optimizer=bm.Optimizer(steps=count, lr=2e-2))
         return made
 
+    def refused(self, tasks: bm.Tasks) -> str | None:
+        """What is said of tasks that it does not take."""
+        return None
+
     def fit(self, tasks: bm.Tasks, count: int, *, seed: int = 0, **more: Any) -> bm.Fit:
         return bm.fit(self.build(tasks, **more), tasks, method=self.steps(count), seed=seed, progress=False)
+
+
+@dataclass(frozen=True)
+class ByEvidence(Learner):
+    """One that is built without tasks and climbs their evidence, without steps."""
+
+    def build(self, tasks: bm.Tasks, **more: Any) -> Any:
+        return self.file.build(**{"dim": tasks.x.shape[1], **self.options, **more})
+
+    def steps(self, count: int) -> Any:
+        return bm.Marginal(shared="map", chains=1)
+
+    def refused(self, tasks: bm.Tasks) -> str | None:
+        return None if tasks.x.shape[1] else "expected dim"
 
 
 LEARNERS = {
@@ -49,6 +67,9 @@ LEARNERS = {
     "bmaml": Learner(bmaml, SMALL, {"steps": 3, "particles": 4, "context": (0, 5)}),
     "pacoh gp": Learner(pacoh_gp, SMALL, {}, takes_likelihoods=False),
     "pacoh nn": Learner(pacoh_nn, SMALL, {"lam": np.inf}),
+    "hierarchical gp": ByEvidence(hierarchical_gp, {}, {}, takes_likelihoods=False),
+    "latent gp": ByEvidence(latent_gp, {"likelihood": bm.likelihoods.Normal(), "span": 2.0, "basis": 3}, {}),
+    "alpaca": ByEvidence(alpaca, {"features": 4, "hidden": (8,)}, {}),
 }
 TRAINING = 40
 
@@ -115,9 +136,9 @@ def test_the_context_matters(early: bm.Fit) -> None:
     assert ((after - before).mean(1) > 0.1).all()
 
 
-def laplace(f: torch.Tensor) -> torch.distributions.Distribution:
+def gumbel(f: torch.Tensor) -> torch.distributions.Distribution:
     """A likelihood that nobody ships."""
-    return torch.distributions.Laplace(f, 0.5)
+    return torch.distributions.Gumbel(f, 0.5)
 
 
 @pytest.mark.parametrize(("dx", "kind"), [(0, "normal"), (3, "function")])
@@ -127,10 +148,14 @@ def test_any_likelihood_and_inputs_of_any_length(learner: Learner, dx: int, kind
     y = [rng.normal(size=n) for n in sizes]
     x = [rng.normal(size=(n, dx)) for n in sizes] if dx else None
     tasks, new = (bm.Tasks.from_arrays(x, y, names=list(names)) for names in ("abcd", "efgh"))
-    likelihood = {"normal": bm.likelihoods.Normal(), "function": laplace}[kind]
+    likelihood = {"normal": bm.likelihoods.Normal(), "function": gumbel}[kind]
     if not learner.takes_likelihoods and kind != "normal":
         with pytest.raises(TypeError, match="unexpected keyword argument 'likelihood'"):
             learner.build(tasks, likelihood=likelihood)
+        return
+    if said := learner.refused(tasks):
+        with pytest.raises(ValueError, match=said):
+            learner.build(tasks)
         return
     fit = learner.fit(tasks, 2, **({"likelihood": likelihood} if learner.takes_likelihoods else {}))
     found = posterior(fit, new.context_target(context=1, seed=0)[0], 5).predict(new)
