@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,7 +34,9 @@ ADAPTED_WIDTH = 1.1
 SPOILT = 2.0
 """An adapted proposal whose weights spread so much more is not used: one t(5) over several modes of θ."""
 ROUNDS, LEAST = 6, 20
-"""Proposals tried one after another where too few draws count to adapt one; each is fitted to 20 draws a dimension."""
+"""Proposals tried one after another where q is far off; each is fitted to 20 draws a dimension."""
+AGREE = 4.0
+"""Standard errors by which means from two starts may differ."""
 MIN_DRAWS = 200
 MIN_ESS, MIN_EFFECTIVE = 0.05, 10
 """θ counts as corrected only if this share of its draws, and so many of them, are effective."""
@@ -77,10 +80,11 @@ def correct_shared(
     """Weighs draws of θ by prior(θ) (Π p̂(D_i | θ))^share / proposal(θ).
 
     The first proposal is a t(5) 1.5 times as wide as q; a second one is fitted to the weighted draws of the first,
-    unless it is worse by far, as where θ has several modes. Where too few draws of the first count, up to `rounds`
-    proposals fitted to flattened weights lead towards the posterior. Where the evidence of all tasks together is too
-    noisy for that, or fewer than 10 draws would count, as in hundreds of dimensions, q's own draws are returned as
-    "uncorrected".
+    unless it is worse by far, as where θ has several modes. Where q is so far off that hardly a draw counts, up to
+    `rounds` proposals fitted to flattened weights lead towards the posterior, once from q and once from the prior; the
+    answer is "uncorrected" unless both arrive at the same, and another mode may have been missed. Where the evidence
+    of all tasks together is too noisy to weigh draws, or fewer than 10 would count, as in hundreds of dimensions, q's
+    own draws are returned as "uncorrected".
 
     References:
         Cappé, Guillin, Marin, Robert: Population Monte Carlo, 2004, https://doi.org/10.1198/106186004X12803
@@ -96,47 +100,115 @@ def correct_shared(
     if variance > 1 or affordable < MIN_DRAWS:
         return _equal(guides.shared.sample(draws), "uncorrected", math.inf, math.nan)
     score = functools.partial(_log_target, density, guides, tasks, per_theta, share)
-    found = weigh_shared(guides.shared, score, draws=draws, affordable=affordable, rounds=rounds)
+    found = weigh_shared(guides.shared, score, draws=draws, affordable=affordable)
+    if rounds and found.status == "uncorrected" and not _carries(found.ess * len(found.theta), found.theta.shape[1]):
+        found = _led(density, guides.shared, score, draws=draws, affordable=affordable, rounds=rounds) or found
     if not found.ess * len(found.theta) >= MIN_EFFECTIVE:
         return _equal(guides.shared.sample(draws), "uncorrected", found.khat, found.ess)
     return found
 
 
 def weigh_shared(
+    shared: SharedPosterior, score: Callable[[Tensor], Tensor], *, draws: int, affordable: int, adapt: bool = True
+) -> SharedDraws:
+    """Weighs draws of θ by their log density `score` `(S, d_theta) -> (S,)`, twice: the first time to adapt."""
+    first = _Sample.of(Wide(shared), score, max(MIN_DRAWS, min(draws // 4, affordable)))
+    if not adapt or not first.usable:
+        return weighed(first.theta, first.log_weight)
+    return first.adapted(score, max(MIN_DRAWS, min(draws, affordable)))
+
+
+def _led(
+    density: TaskDensity,
     shared: SharedPosterior,
     score: Callable[[Tensor], Tensor],
     *,
     draws: int,
     affordable: int,
-    adapt: bool = True,
-    rounds: int = ROUNDS,
-) -> SharedDraws:
-    """Weighs draws of θ by their log density `score` `(S, d_theta) -> (S,)`, at least twice: first to adapt."""
-    proposal: Wide | Adapted = Wide(shared)
-    first = proposal.sample(max(MIN_DRAWS, min(draws // 4, affordable)))
-    log_target = score(first)
-    log_weight = log_target - proposal.log_prob(first)
-    if not adapt:
-        return weighed(first, log_weight)
-    dim = first.shape[1]
-    usable = _usable(log_weight, dim)
+    rounds: int,
+) -> SharedDraws | None:
+    """Weighed draws of a proposal that was led to the posterior from q; None where it does not arrive."""
+    count = max(MIN_DRAWS, min(draws // 4, affordable))
+    arrived = _arrived(Wide(shared), score, count, rounds)
+    if arrived is None:
+        return None
+    found = arrived.adapted(score, max(MIN_DRAWS, min(draws, affordable)))
+    improper = any(site.improper for site in density.structure.shared)
+    again = None if improper else _arrived(PriorShared(density), score, count, rounds)
+    if again is None or not _agree(found, weighed(again.theta, again.log_weight)):
+        return replace(found, status="uncorrected")
+    return found
+
+
+def _arrived(start: Proposal, score: Callable[[Tensor], Tensor], count: int, rounds: int) -> _Sample | None:
+    """Draws enough of which count, of a proposal fitted again and again to flattened weights."""
+    sample = _Sample.of(start, score, count)
     for _ in range(rounds):
-        flat = flattened(log_weight, least=LEAST * (dim + 1))
-        if usable or not _usable(flat, dim):
+        least = LEAST * (sample.theta.shape[1] + 1)
+        flat = flattened(sample.log_weight, least=least)
+        if sample.usable or float(psis.relative_ess(flat.numpy())) * count < least:
             break
-        proposal = Adapted(first, flat)
-        first = proposal.sample(len(first))
-        log_target = score(first)
-        log_weight = log_target - proposal.log_prob(first)
-        usable = _usable(log_weight, dim)
-    if not usable:
-        return weighed(first, log_weight)
-    adapted = Adapted(first, log_weight)
-    one, two = (_log_spread(log_target, log_weight, q.log_prob(first)) for q in (proposal, adapted))
-    if float(two - one) <= math.log(SPOILT):
-        proposal = adapted
-    theta = proposal.sample(max(MIN_DRAWS, min(draws, affordable)))
-    return weighed(theta, score(theta) - proposal.log_prob(theta))
+        sample = _Sample.of(Adapted(sample.theta, flat), score, count)
+    return sample if sample.usable else None
+
+
+def _agree(one: SharedDraws, two: SharedDraws) -> bool:
+    """Whether weighted draws have the same means, within their Monte Carlo errors, and like sds."""
+    moments = []
+    for drawn in (one, two):
+        weight, theta = torch.as_tensor(drawn.log_weight).exp(), drawn.theta.double()
+        mean = weight @ theta
+        moments.append((mean, (weight @ (theta - mean).square()).sqrt(), drawn.ess * len(theta)))
+    (mean, sd, ess), (other, spread, fewer) = moments
+    error = (sd.square() / ess + spread.square() / fewer).sqrt()
+    same = ((mean - other).abs() < AGREE * error) & ((sd / spread).log().abs() < math.log(2))
+    return bool(same.all())
+
+
+def _carries(ess: float, dim: int) -> bool:
+    """Whether so many effective draws carry a covariance."""
+    return ess > 5 * dim
+
+
+class Proposal(Protocol):
+    """What draws of θ come from."""
+
+    def sample(self, count: int) -> Tensor:
+        """Draws `(count, d)`."""
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Log density `(S,)`."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Draws of a proposal, their log densities under the target, and their log weights."""
+
+    proposal: Proposal
+    theta: Tensor
+    log_target: Tensor
+    log_weight: Tensor
+
+    @classmethod
+    def of(cls, proposal: Proposal, score: Callable[[Tensor], Tensor], count: int) -> _Sample:
+        theta = proposal.sample(count)
+        log_target = score(theta)
+        return cls(proposal, theta, log_target, log_target - proposal.log_prob(theta))
+
+    @property
+    def usable(self) -> bool:
+        """Whether enough draws count to fit a proposal to them."""
+        ess = float(psis.relative_ess(self.log_weight.numpy())) * len(self.log_weight)
+        return _carries(ess, self.theta.shape[1])
+
+    def adapted(self, score: Callable[[Tensor], Tensor], count: int) -> SharedDraws:
+        """Weighs draws of a proposal fitted to these, or of the same one where the fitted one would be worse by far."""
+        fitted = Adapted(self.theta, self.log_weight)
+        one, two = (
+            _log_spread(self.log_target, self.log_weight, q.log_prob(self.theta)) for q in (self.proposal, fitted)
+        )
+        sample = _Sample.of(self.proposal if float(two - one) > math.log(SPOILT) else fitted, score, count)
+        return weighed(sample.theta, sample.log_weight)
 
 
 class Wide:
@@ -195,12 +267,6 @@ def _log_spread(log_target: Tensor, log_weight: Tensor, log_proposal: Tensor) ->
     """Log of E_p[p/q], the larger the smaller the ESS of a proposal q, from draws weighed towards p."""
     share = torch.nan_to_num(log_weight, nan=-math.inf).log_softmax(0)
     return (share + torch.nan_to_num(log_target - log_proposal, nan=-math.inf)).logsumexp(0)
-
-
-def _usable(log_weight: Tensor, dim: int) -> bool:
-    """Whether weighted draws can carry a covariance."""
-    ess = float(psis.relative_ess(log_weight.numpy())) * len(log_weight)
-    return ess > 5 * dim
 
 
 def weighed(theta: Tensor, log_weight: Tensor) -> SharedDraws:

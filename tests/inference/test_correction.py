@@ -13,7 +13,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import correction
 from bayesmeta.inference.correction import SharedDraws, correct_shared, reachable_ess, weigh_shared
 from bayesmeta.inference.particles import ParticleShared
-from bayesmeta.inference.shared import PointShared
+from bayesmeta.inference.shared import NormalShared, PointShared
 from bayesmeta.results.weighted import weighted_mean, weighted_sd
 
 DRAWS = 4000
@@ -89,6 +89,36 @@ def test_weights_without_a_number_lead_nowhere_and_are_reported() -> None:
 
     density, guides, _ = setting(ROWS)
     assert weigh_shared(guides.shared, dead, draws=DRAWS, affordable=DRAWS).status == "uncorrected"
+    assert correction._led(density, guides.shared, dead, draws=DRAWS, affordable=DRAWS, rounds=3) is None
+
+
+def at(loc: float, sd: float, dim: int = 1) -> NormalShared:
+    shared = NormalShared(torch.full((dim,), loc), torch.full((dim,), sd))
+    shared.log_diagonal.fill_(0.0)
+    return shared
+
+
+def test_where_q_and_the_prior_lead_to_different_modes_nothing_is_called_corrected() -> None:
+    """95 % of the mass at 3, within the prior's sd; q is led to the rest at -10."""
+
+    def two_modes(theta: torch.Tensor) -> torch.Tensor:
+        small, large = (-0.5 * ((theta[:, 0] - mode) / 0.5).square() for mode in (-10.0, 3.0))
+        return torch.logaddexp(small + np.log(0.05), large + np.log(0.95)).double()
+
+    torch.manual_seed(0)
+    density, _, _ = setting(ROWS)
+    found = correction._led(density, at(-13.0, 0.3), two_modes, draws=DRAWS, affordable=DRAWS, rounds=correction.ROUNDS)
+    assert found is not None and found.status == "uncorrected" and moments(found)[0] < -9
+    found = correction._led(density, at(6.0, 0.3), two_modes, draws=DRAWS, affordable=DRAWS, rounds=correction.ROUNDS)
+    assert found is not None and found.status == "corrected" and abs(moments(found)[0] - 3) < 0.1
+
+
+@pytest.mark.parametrize("dim", [20, 50])
+def test_in_many_dimensions_few_draws_are_led_nowhere(dim: int) -> None:
+    """No proposal can be fitted to 200 draws; fitted again and again it would only widen."""
+    torch.manual_seed(0)
+    shared = at(0.0, 1.0, dim)
+    assert correction._arrived(correction.Wide(shared), lambda t: -0.5 * t.square().sum(1).double(), 200, 6) is None
 
 
 def test_where_few_draws_would_count_those_of_q_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
