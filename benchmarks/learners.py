@@ -7,8 +7,9 @@ find out how many steps the budget allows.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,6 +30,19 @@ WARM, SHORT, LONG = 3, 5, 35
 """Steps of the runs from which the time of a step is told."""
 
 
+class Refused(Exception):
+    """A model cannot be built for a suite's tasks."""
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """What a `build` refuses; other errors stay what they are."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
 class Learner(Protocol):
     """Learns from tasks."""
 
@@ -40,6 +54,9 @@ class Learner(Protocol):
             tasks: Training tasks.
             budget: CPU seconds.
             seed: Seed.
+
+        Raises:
+            Refused: The model cannot be built for such tasks.
         """
 
 
@@ -77,7 +94,8 @@ def conditional(build: Callable[..., bm.ConditionalModel], *, lr: float | None =
 
     def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
         context = {} if suite.context is None else {"context": suite.context}
-        model = build(tasks, output=suite.output, seed=seed, **context)
+        with building():
+            model = build(tasks, output=suite.output, seed=seed, **context)
 
         def fit(steps: int) -> bm.ConditionalFit:
             optimizer = bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks, lr=lr)
@@ -103,7 +121,8 @@ def hierarchical(
     """
 
     def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
-        model = build(suite, tasks, seed)
+        with building():
+            model = build(suite, tasks, seed)
 
         def fit(steps: int) -> bm.Fit:
             return bm.fit(model, tasks, method=method(suite, steps), seed=seed, progress=False)
@@ -151,9 +170,10 @@ def _by_marginal(build: Callable[[int], bm.HierarchicalModel], *, most: int | No
     """A learner from `build(inputs)` whose θ is optimised on the evidence of at most so many tasks, without steps."""
 
     def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
+        with building():
+            model = build(tasks.x.shape[1])
         method = bm.Marginal(shared="map", chains=1)
-        fit = bm.fit(build(tasks.x.shape[1]), tasks[:most], method=method, seed=seed, progress=False)
-        return Hierarchical(fit, "auto")
+        return Hierarchical(bm.fit(model, tasks[:most], method=method, seed=seed, progress=False), "auto")
 
     return learn
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import bayesmeta as bm
-from benchmarks.learners import LEARNERS, cpu_seconds
+from benchmarks.learners import LEARNERS, Refused, cpu_seconds
 from benchmarks.predictors import trivial
 from benchmarks.report import Row, Table
 from benchmarks.scores import DRAWS, JOINT_ROWS, Predictor, score
@@ -50,7 +50,7 @@ def learned_rows(
         for seed in seeds:
             try:
                 predictor, seconds = timed(lambda: LEARNERS[name](suite, tasks, budget=budget, seed=seed))  # noqa: B023
-            except ValueError as error:
+            except Refused as error:
                 say(f"{name} refuses {suite.about}: {error}")
                 found.append((f"{name}: refused", name, None, 0.0))
                 break

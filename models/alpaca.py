@@ -74,9 +74,9 @@ def build(
 
 def _check_sizes(sizes: Mapping[str, Sequence[int]]) -> None:
     for name, values in sizes.items():
-        for value in values:
+        for value in values if isinstance(values, Sequence) else [None]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"alpaca: expected {name} as whole numbers ≥ 1, got {value!r}")
+                raise ValueError(f"alpaca: expected {name} as whole numbers ≥ 1, got {values!r}")
 
 
 class LastLayer(nn.Module):

@@ -28,6 +28,7 @@ from torch.distributions import Distribution
 import bayesmeta as bm
 from bayesmeta.models.embeddings import by_class, embedded
 
+MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 HIDDEN = 64
 """Width of the networks of the posterior."""
 
@@ -36,7 +37,8 @@ def build(embed: nn.Module, *, features: int, classes: int) -> bm.HierarchicalMo
     """An unfitted classifier.
 
     Args:
-        embed: Module h `(R, *dx) -> (R, features)`, the same for all tasks; `fit` trains a copy.
+        embed: Module h `(R, *dx) -> (R, features)`, the same for all tasks; `fit` trains a copy. A row's features may
+            depend on the row alone: batch normalisation and dropout have to be in evaluation mode, `embed.eval()`.
         features: Numbers that a row becomes.
         classes: Number K of classes of every task, labels 0 … K - 1.
 
@@ -45,8 +47,16 @@ def build(embed: nn.Module, *, features: int, classes: int) -> bm.HierarchicalMo
         `weight_scale` and `bias_scale`, τ_w and τ_b.
 
     Raises:
-        ValueError: If features or classes is out of range.
+        ValueError: If features or classes is out of range, or embed mixes rows or draws noise.
     """
+    if not isinstance(embed, nn.Module):
+        raise ValueError(f"class_posterior: expected embed as a module (R, *dx) -> (R, {features}), got {embed!r}")
+    mixing = [part for part in embed.modules() if isinstance(part, MIXING) and part.training]
+    if mixing:
+        raise ValueError(
+            f"class_posterior: {type(mixing[0]).__name__} in training mode makes the density of a row depend on other "
+            "rows or on noise; call embed.eval() after pretraining, or use LayerNorm in its place"
+        )
     for name, value, least in (("features", features, 1), ("classes", classes, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"class_posterior: expected {name} as a whole number ≥ {least}, got {value!r}")

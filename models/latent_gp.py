@@ -3,9 +3,10 @@
     f_i(x) = m_i + Σ_j √S(ω_j; l_i, s_i) w_ij b_j(x),   w_ij ~ N(0, 1),   y ~ p(y | f_i(x))
     φ_i = (log l_i, log s_i, m_i, w_i),   (log l_i, log s_i, m_i) ~ N(μ, diag τ²)
 
-The b_j are eigenfunctions of the Laplacian on a box around the inputs, S is the spectral density of the kernel with
-length l and scale s. The approximation is good for lengths between about span / 8 and span / 1.5 with the defaults; far
-from the inputs the functions return to m.
+The b_j are eigenfunctions of the Laplacian on a box twice as wide as the range of the training inputs, which is [-1, 1]
+in the model's units; S is the spectral density of the kernel with length l and scale s. With the defaults for one input
+covariances are right to .02 s² ("rbf") for lengths from 1/8 to 2/3 of half the range; "matern52" is off by up to .07 s²
+for the shortest. Outside of 1.8 half ranges functions are held constant.
 
 Inference of φ: Laplace proposals, weighed, and Markov chains where these fail. Objective: the evidence of the tasks,
 `bm.Marginal(shared="map")`; from very many tasks `bm.Amortized(shared="map")` learns. With normal labels
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -30,54 +31,42 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 import bayesmeta as bm
+from bayesmeta.models.arguments import check_tasks
 
 EDGE = 2.0
-"""Half the width of the box, in spans: functions are 0 at its edge."""
+"""Half the width of the box, in half ranges of the inputs: functions are 0 at its edge."""
+BASIS, MOST_WEIGHTS = (24, 10, 6), 1000
+"""Basis functions a dimension for one, two and three inputs; and in all at most."""
 OWN = 3
 """Numbers of a task before its weights: log length, log scale, mean."""
 
 
 def build(
-    likelihood: Any,
-    *,
-    span: float,
-    kernel: str = "rbf",
-    dim: int = 1,
-    basis: int = 24,
+    tasks: bm.Tasks, likelihood: Any, *, kernel: Literal["rbf", "matern52"] = "rbf", basis: int | None = None
 ) -> bm.HierarchicalModel:
     """A hierarchical model of functions, to be fitted by `bm.fit(model, tasks, method=bm.Marginal(shared="map"))`.
 
     Args:
-        likelihood: One of `bm.likelihoods`, or a function of any of `(f, batch, shared)`, with f `(T, N)`.
-        span: Inputs lie in [-span, span], in every dimension; others are taken for the nearest point in 1.8 spans.
-        kernel: "rbf" or "matern52"; its length is the same in all dimensions.
-        dim: Numbers of an input.
-        basis: Basis functions a dimension; φ has 3 + basisᵈⁱᵐ numbers.
+        tasks: Training tasks, or others like them: they give the range of the inputs.
+        likelihood: One of `bm.likelihoods`, or a function of any of `(f, batch, shared)`, with f `(T, N)` of order one:
+            give labels with units in standard ones.
+        kernel: "rbf" or "matern52"; its length is the same in all dimensions, in half ranges of the inputs.
+        basis: Basis functions a dimension; None: 24, 10 or 6 for one, two or three inputs. φ has 3 + basisᵈ numbers.
 
     Returns:
         A model with the task site `phi`, (log length, log scale, mean, weights), and the shared sites `mu` and `tau` of
-        its first three numbers and those of the likelihood. Lengths are in the units of x, scales in those of f.
+        its first three numbers and those of the likelihood.
 
     Raises:
-        ValueError: If an option is out of range.
-
-    Example:
-        >>> import bayesmeta as bm
-        >>> bm.models.latent_gp.build(bm.likelihoods.Poisson(), span=2.0)
-        HierarchicalModel(phi: Callable, y: Poisson, shared: mu, tau)
+        ValueError: If an option is out of range, or the tasks have no inputs, more than three, or constant ones.
     """
+    check_tasks("latent_gp", tasks)
     if kernel not in ("rbf", "matern52"):
         raise ValueError(f'latent_gp: expected kernel="rbf" or "matern52", got {kernel!r}')
-    if not 0 < span < math.inf:
-        raise ValueError(f"latent_gp: expected span, half the range of the inputs, as a positive number, got {span!r}")
-    for name, value in {"dim": dim, "basis": basis}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"latent_gp: expected {name} as a whole number ≥ 1, got {value!r}")
-    function = Function(kernel, dim, span, basis)
-    typical = torch.tensor([math.log(span / 3), 0.0, 0.0])
+    function = Function(kernel, *_range(tasks), _basis(basis, math.prod(tasks.schema.x_shape)))
     shared = {
-        "mu": dist.Normal(typical, torch.tensor([0.7, 1.0, 2.0])).to_event(1),
-        "tau": dist.HalfNormal(torch.tensor([0.5, 0.7, 1.5])).to_event(1),
+        "mu": dist.Normal(torch.tensor([math.log(1 / 3), 0.0, 0.0]), torch.tensor([0.5, 1.0, 2.0])).to_event(1),
+        "tau": dist.HalfNormal(torch.tensor([0.3, 0.7, 1.5])).to_event(1),
     }
 
     def prior(shared: Mapping[str, Tensor]) -> Distribution:
@@ -85,6 +74,29 @@ def build(
         return dist.Normal(torch.cat([shared["mu"], zero]), torch.cat([shared["tau"], zero + 1])).to_event(1)
 
     return bm.HierarchicalModel(prior, function, likelihood, shared=shared)
+
+
+def _range(tasks: bm.Tasks) -> tuple[Tensor, Tensor]:
+    """Centres and half ranges of the inputs `(dim,)`."""
+    if len(tasks.schema.x_shape) != 1 or not 1 <= tasks.schema.x_shape[0] <= len(BASIS):
+        raise ValueError(f"latent_gp: expected one to three inputs a row, got inputs of shape {tasks.schema.x_shape}")
+    low, high = tasks.x.double().aminmax(dim=0)
+    if not bool((high > low).all()):
+        constant = int((high <= low).nonzero()[0])
+        raise ValueError(
+            f"latent_gp: expected inputs that differ, got {float(low[constant])} alone in input {constant}"
+        )
+    return (low + high) / 2, (high - low) / 2
+
+
+def _basis(basis: int | None, dim: int) -> int:
+    count = BASIS[dim - 1] if basis is None else basis
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1 or count**dim > MOST_WEIGHTS:
+        raise ValueError(
+            f"latent_gp: expected basis as a whole number ≥ 1, with at most {MOST_WEIGHTS} basis functions in all "
+            f"({dim} inputs), got {basis!r}"
+        )
+    return count
 
 
 class Function(nn.Module):
@@ -95,20 +107,24 @@ class Function(nn.Module):
     """
 
     frequencies: Tensor
+    centre: Tensor
+    reach: Tensor
 
-    def __init__(self, kernel: str, dim: int, span: float, basis: int) -> None:
+    def __init__(self, kernel: str, centre: Tensor, half: Tensor, basis: int) -> None:
         super().__init__()
-        self.kernel, self.dim, self.span = kernel, dim, span
-        one = torch.arange(1, basis + 1, dtype=torch.float64) * math.pi / (2 * EDGE * span)
-        self.register_buffer("frequencies", torch.cartesian_prod(*[one] * dim).reshape(-1, dim))
-        self.weights = basis**dim
+        self.kernel, self.dim = kernel, len(centre)
+        one = torch.arange(1, basis + 1, dtype=torch.float64) * math.pi / (2 * EDGE)
+        self.register_buffer("frequencies", torch.cartesian_prod(*[one] * self.dim).reshape(-1, self.dim))
+        self.register_buffer("centre", centre)
+        self.register_buffer("reach", half)
+        self.weights = basis**self.dim
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
         """The functions of the tasks at their rows."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(
-                f"latent_gp: expected inputs of shape (tasks, rows, {self.dim}), got {tuple(x.shape)}; say "
-                f"dim={x.shape[-1]}"
+                f"latent_gp: expected inputs of shape (tasks, rows, {self.dim}), as in the tasks that the model was "
+                f"built from, got {tuple(x.shape)}"
             )
         log_length, log_scale, mean = phi[..., :OWN].unbind(-1)
         root = (log_scale.unsqueeze(-1) + 0.5 * self._log_density(log_length)).exp()
@@ -116,9 +132,8 @@ class Function(nn.Module):
 
     def _basis(self, x: Tensor) -> Tensor:
         """Eigenfunctions `(T, N, weights)`."""
-        edge = EDGE * self.span
-        inside = x.clamp(-0.9 * edge, 0.9 * edge).unsqueeze(-2) + edge
-        return (torch.sin(self.frequencies.to(x.dtype) * inside) / edge**0.5).prod(-1)
+        inside = ((x - self.centre) / self.reach).clamp(-0.9 * EDGE, 0.9 * EDGE).unsqueeze(-2) + EDGE
+        return (torch.sin(self.frequencies.to(x.dtype) * inside) / EDGE**0.5).prod(-1)
 
     def _log_density(self, log_length: Tensor) -> Tensor:
         """Log spectral density of a kernel of scale 1 at every frequency `(T, 1, weights)`."""

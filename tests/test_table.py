@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -379,6 +380,16 @@ def test_a_learner_that_refuses_the_tasks_keeps_an_empty_row() -> None:
     assert trained == [("sensors: refused", "sensors", None, 0.0)]
     found = table.scored("sin20", suite, suite.evaluation(3), trained, draws=9)
     assert found.rows[-1].name == "sensors: refused" and found.rows[-1].scores is None
+
+
+def test_an_error_while_learning_stops_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverges(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Any:
+        raise ValueError("the loss is not finite")
+
+    monkeypatch.setitem(learners.LEARNERS, "diverges", diverges)
+    suite = suites()["sin20"]()
+    with pytest.raises(ValueError, match="not finite"):
+        table.learned_rows(suite, suite.training(5), ["diverges"], budget=1.0, seeds=[0])
 
 
 def test_the_sensors_model_learns_what_moves_readings_and_their_noise() -> None:

@@ -92,7 +92,10 @@ def _improved(density: TaskDensity, guides: Guides, task: Tasks, sample: _Sample
     for _ in range(ROUNDS - 1):
         if sample.ess >= 2 * psis.MIN_RELATIVE_ESS:
             break
-        proposal = Adapted(sample.theta, flattened(sample.log_weight, least=LEAST * (dim + 1)))
+        flat = flattened(sample.log_weight, least=LEAST * (dim + 1))
+        if float(psis.relative_ess(flat.numpy())) * count <= 2 * dim:
+            break
+        proposal = Adapted(sample.theta, flat)
         from_prior = torch.rand(count, 1) < PRIOR_SHARE
         theta = torch.where(from_prior, density.draw_theta(count), proposal.sample(count))
         log_prior = density.log_prior(theta)

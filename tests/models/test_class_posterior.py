@@ -92,6 +92,11 @@ def test_it_is_saved_and_loaded(fit: bm.Fit, tmp_path: pathlib.Path) -> None:
 def test_other_models_and_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="class_posterior.build made"):
         class_posterior.method(bm.models.alpaca.build())
+    with pytest.raises(ValueError, match=r"embed.eval\(\)"):
+        class_posterior.build(bm.models.embeddings.Conv4(size=8, width=4), features=16, classes=2)
+    class_posterior.build(bm.models.embeddings.Conv4(size=8, width=4).eval(), features=16, classes=2)
+    with pytest.raises(ValueError, match="embed as a module"):
+        class_posterior.build(lambda x: x, features=16, classes=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="classes as a whole number ≥ 2"):
         class_posterior.build(few_shot.linear(), features=6, classes=1)
 

@@ -19,7 +19,7 @@ SPAN = 2.0
 
 def covariance(function: Any, x: torch.Tensor, length: float, scale: float) -> torch.Tensor:
     """Of f at rows `(N, dim)`: the sum over weights of what each alone does."""
-    own = torch.tensor([math.log(length), math.log(scale), 0.0], dtype=torch.float64).expand(function.weights, 3)
+    own = torch.tensor([math.log(length / SPAN), math.log(scale), 0.0], dtype=torch.float64).expand(function.weights, 3)
     phi = torch.cat([own, torch.eye(function.weights, dtype=torch.float64)], 1).unsqueeze(1)
     each = function(phi, x.expand(function.weights, *x.shape))
     return each.mT @ each
@@ -29,7 +29,8 @@ def covariance(function: Any, x: torch.Tensor, length: float, scale: float) -> t
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("length", [0.5, 1.0])
 def test_covariances_are_those_of_the_kernel(kernel: str, dim: int, length: float) -> None:
-    function = latent_gp.build(bm.likelihoods.Bernoulli(), span=SPAN, kernel=kernel, dim=dim, basis=24).predictor
+    ends = bm.Tasks.from_arrays([np.stack([np.full(dim, -SPAN), np.full(dim, SPAN)])], [np.zeros(2)])
+    function = latent_gp.build(ends, bm.likelihoods.Normal(), kernel=kernel, basis=24).predictor
     generator = torch.Generator().manual_seed(0)
     x = SPAN * (2 * torch.rand(40, dim, generator=generator, dtype=torch.float64) - 1)
     difference = (x.unsqueeze(1) - x).norm(dim=-1, keepdim=True) / length
@@ -50,7 +51,7 @@ def counts(tasks: int, rows: int, seed: int) -> tuple[bm.Tasks, np.ndarray]:
 
 def test_counts_are_learned_and_their_rates_covered() -> None:
     tasks, _ = counts(30, 30, seed=0)
-    model = latent_gp.build(bm.likelihoods.Poisson(), span=SPAN, basis=12)
+    model = latent_gp.build(tasks, bm.likelihoods.Poisson(), basis=12)
     fit = bm.fit(model, tasks, method=bm.Marginal(shared="map", chains=1), progress=False)
     new, rate = counts(20, 30, seed=1)
     context, target = new.split_rows(torch.arange(len(new.y)) % 30 < 20)
@@ -73,17 +74,29 @@ def test_the_file_is_read_in_one_sitting() -> None:
     ("options", "said"),
     [
         ({"kernel": "periodic"}, 'kernel="rbf" or "matern52"'),
-        ({"span": 0.0}, "positive number"),
         ({"basis": 0}, "basis as a whole number"),
-        ({"dim": 1.5}, "dim as a whole number"),
+        ({"basis": 1001}, "at most 1000 basis functions"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        latent_gp.build(bm.likelihoods.Poisson(), **{"span": SPAN, **options})
+        latent_gp.build(counts(3, 5, seed=0)[0], bm.likelihoods.Poisson(), **options)
 
 
-def test_inputs_of_another_shape_are_refused_with_the_cure() -> None:
-    model = latent_gp.build(bm.likelihoods.Poisson(), span=SPAN, dim=2)
-    with pytest.raises(ValueError, match="say dim=1"):
-        bm.fit(model, counts(3, 5, seed=0)[0], progress=False)
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [(np.zeros((4, 4)), "one to three inputs"), (np.array([[0.0, 1.0], [1.0, 1.0]]), "1.0 alone in input 1")],
+)
+def test_inputs_that_it_cannot_take_are_refused(x: np.ndarray, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        latent_gp.build(bm.Tasks.from_arrays([x], [np.zeros(len(x))]), bm.likelihoods.Normal())
+
+
+def test_units_of_inputs_do_not_matter() -> None:
+    """Years in place of [-2, 2]."""
+    tasks, _ = counts(3, 5, seed=0)
+    years = bm.Tasks.from_arrays([5 * t.x.numpy() + 2000 for t in tasks], [t.y.numpy() for t in tasks])
+    here, there = (latent_gp.build(some, bm.likelihoods.Poisson()).predictor for some in (tasks, years))
+    phi = torch.randn(3, 1, here.weights + 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = tasks.batch(slice(None)).x
+    torch.testing.assert_close(here(phi, x), there(phi, 5 * x + 2000))

@@ -61,6 +61,17 @@ class ByEvidence(Learner):
         return None if tasks.x.shape[1] else "expected dim"
 
 
+@dataclass(frozen=True)
+class FromTasks(ByEvidence):
+    """One that climbs the evidence, but sees tasks first."""
+
+    def build(self, tasks: bm.Tasks, **more: Any) -> Any:
+        return self.file.build(tasks, **{**self.options, **more})
+
+    def refused(self, tasks: bm.Tasks) -> str | None:
+        return None if tasks.x.shape[1] else "expected one to three inputs"
+
+
 LEARNERS = {
     "abml": Learner(abml, SMALL, {"steps": 3, "draws": 4}),
     "platipus": Learner(platipus, SMALL, {"steps": 3, "context": (0, 5)}, training=500),
@@ -68,7 +79,7 @@ LEARNERS = {
     "pacoh gp": Learner(pacoh_gp, SMALL, {}, takes_likelihoods=False),
     "pacoh nn": Learner(pacoh_nn, SMALL, {"lam": np.inf}),
     "hierarchical gp": ByEvidence(hierarchical_gp, {}, {}, takes_likelihoods=False),
-    "latent gp": ByEvidence(latent_gp, {"likelihood": bm.likelihoods.Normal(), "span": 2.0, "basis": 3}, {}),
+    "latent gp": FromTasks(latent_gp, {"likelihood": bm.likelihoods.Normal(), "basis": 3}, {}),
     "alpaca": ByEvidence(alpaca, {"features": 4, "hidden": (8,)}, {}),
 }
 TRAINING = 40
