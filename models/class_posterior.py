@@ -49,17 +49,7 @@ def build(embed: nn.Module, *, features: int, classes: int) -> bm.HierarchicalMo
     Raises:
         ValueError: If features or classes is out of range, or embed mixes rows or draws noise.
     """
-    if not isinstance(embed, nn.Module):
-        raise ValueError(f"class_posterior: expected embed as a module (R, *dx) -> (R, {features}), got {embed!r}")
-    mixing = [part for part in embed.modules() if isinstance(part, MIXING) and part.training]
-    if mixing:
-        raise ValueError(
-            f"class_posterior: {type(mixing[0]).__name__} in training mode makes the density of a row depend on other "
-            "rows or on noise; call embed.eval() after pretraining, or use LayerNorm in its place"
-        )
-    for name, value, least in (("features", features, 1), ("classes", classes, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"class_posterior: expected {name} as a whole number ≥ {least}, got {value!r}")
+    _check(embed, features, classes)
 
     def prior(shared: Mapping[str, Tensor]) -> Distribution:
         weights = shared["weight_scale"].expand(classes * features)
@@ -69,6 +59,24 @@ def build(embed: nn.Module, *, features: int, classes: int) -> bm.HierarchicalMo
     scales = {"weight_scale": dist.LogNormal(0.0, 1.0), "bias_scale": dist.LogNormal(0.0, 1.0)}
     logits, labels = Logits(embed, features, classes), bm.likelihoods.Categorical(levels=classes)
     return bm.HierarchicalModel(prior, logits, labels, shared=scales)
+
+
+def _check(embed: nn.Module, features: int, classes: int) -> None:
+    for name, value, least in (("features", features, 1), ("classes", classes, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"class_posterior: expected {name} as a whole number ≥ {least}, got {value!r}")
+    if not isinstance(embed, nn.Module):
+        raise ValueError(f"class_posterior: expected embed as a module (R, *dx) -> (R, {features}), got {embed!r}")
+    _refuse_mixing(embed)
+
+
+def _refuse_mixing(embed: nn.Module) -> None:
+    mixing = [part for part in embed.modules() if isinstance(part, MIXING) and part.training]
+    if mixing:
+        raise ValueError(
+            f"class_posterior: {type(mixing[0]).__name__} in training mode makes the density of a row depend on other "
+            "rows or on noise; call embed.eval() after pretraining, or use LayerNorm in its place"
+        )
 
 
 def method(

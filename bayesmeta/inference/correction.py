@@ -89,10 +89,9 @@ def correct_shared(
     References:
         Cappé, Guillin, Marin, Robert: Population Monte Carlo, 2004, https://doi.org/10.1198/106186004X12803
     """
-    if density.structure.shared_size == 0 or isinstance(guides.shared, PointShared | PriorShared):
-        plug_in = density.structure.shared_size and isinstance(guides.shared, PointShared)
-        status = "plug-in" if plug_in else "sampled"
-        return _equal(guides.shared.sample(draws), status, 0.0, 1.0)
+    known = _needs_no_weights(density, guides.shared)
+    if known is not None:
+        return _equal(guides.shared.sample(draws), known, 0.0, 1.0)
     budget = int(budget / guides.task.cost)
     most = budget // (MIN_DRAWS * len(tasks))
     per_theta, variance = _enough_candidates(density, guides, tasks, most, share)
@@ -101,11 +100,18 @@ def correct_shared(
         return _equal(guides.shared.sample(draws), "uncorrected", math.inf, math.nan)
     score = functools.partial(_log_target, density, guides, tasks, per_theta, share)
     found = weigh_shared(guides.shared, score, draws=draws, affordable=affordable)
-    if rounds and found.status == "uncorrected" and not _carries(found.ess * len(found.theta), found.theta.shape[1]):
+    if rounds and _is_far_off(found):
         found = _led(density, guides.shared, score, draws=draws, affordable=affordable, rounds=rounds) or found
     if not found.ess * len(found.theta) >= MIN_EFFECTIVE:
         return _equal(guides.shared.sample(draws), "uncorrected", found.khat, found.ess)
     return found
+
+
+def _needs_no_weights(density: TaskDensity, shared: SharedPosterior) -> str | None:
+    """The status of draws that are what they should be: of a point, of the prior, of no θ at all."""
+    if density.structure.shared_size == 0 or isinstance(shared, PriorShared):
+        return "sampled"
+    return "plug-in" if isinstance(shared, PointShared) else None
 
 
 def weigh_shared(
@@ -116,6 +122,10 @@ def weigh_shared(
     if not adapt or not first.usable:
         return weighed(first.theta, first.log_weight)
     return first.adapted(score, max(MIN_DRAWS, min(draws, affordable)))
+
+
+def _is_far_off(found: SharedDraws) -> bool:
+    return found.status == "uncorrected" and not _carries(found.ess * len(found.theta), found.theta.shape[1])
 
 
 def _led(
