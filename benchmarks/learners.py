@@ -22,6 +22,7 @@ from benchmarks import sensors
 from benchmarks.predictors import Conditional, Hierarchical
 from benchmarks.scores import Predictor
 from benchmarks.suites import Suite
+from examples import sinusoid_or_line
 
 T = TypeVar("T")
 KERNEL_TASKS = 100
@@ -178,6 +179,10 @@ def _by_marginal(build: Callable[[int], bm.HierarchicalModel], *, most: int | No
     return learn
 
 
+def _two_kinds(suite: Suite, steps: int) -> bm.Amortized:
+    return bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks, lr=0.01))
+
+
 def _hierarchical_gp(kernel: str) -> Learner:
     """The kernel of each task its own."""
     return _by_marginal(lambda dim: models.hierarchical_gp.build(kernel, dim=dim), most=KERNEL_TASKS)
@@ -204,6 +209,7 @@ LEARNERS: dict[str, Learner] = {
     "platipus": _weights(models.platipus),
     "bmaml": _weights(models.bmaml),
     "maml": conditional(models.maml.build),
+    "two-kinds": hierarchical(lambda suite, tasks, seed: sinusoid_or_line.build(), _two_kinds),
     "sensors": _by_marginal(sensors.build),
     "multi-head": hierarchical(_network, _by_evidence),
 }

@@ -44,6 +44,17 @@ def new_rows(phi: Tensor, shared: Mapping[str, Tensor], context: bm.Batch, x: Te
     return dist.MixtureSameFamily(dist.Categorical(torch.cat([share, 1 - share], -1)), rows)
 
 
+def build() -> bm.HierarchicalModel:
+    """The model; σ, the share of sinusoids and the prior of the four numbers are learned."""
+    return bm.HierarchicalModel(
+        bm.priors.Gaussian(4, loc_scale=3.0, sd_scale=3.0),
+        curves,
+        kinds,
+        shared={"sigma": dist.HalfNormal(1.0), "share": dist.Beta(2.0, 2.0)},
+        conditional=new_rows,
+    )
+
+
 def main(*, count: int = 300, new: int = 200, steps: int | None = 3000, progress: bool = True) -> dict[str, float]:
     """Fits, and returns how the probability of a sinusoid compares with the exact one, for tasks of three points.
 
@@ -54,13 +65,7 @@ def main(*, count: int = 300, new: int = 200, steps: int | None = 3000, progress
         progress: Whether to show a bar.
     """
     family = bm.families.SinusoidOrLine(context_rows=3, target_rows=20)
-    model = bm.HierarchicalModel(
-        bm.priors.Gaussian(4, loc_scale=3.0, sd_scale=3.0),
-        curves,
-        kinds,
-        shared={"sigma": dist.HalfNormal(1.0), "share": dist.Beta(2.0, 2.0)},
-        conditional=new_rows,
-    )
+    model = build()
     known, _ = family.simulate(count, rows=20, seed=0)
     method = bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=steps, lr=0.01))
     fit = bm.fit(model, known, method=method, progress=progress)
