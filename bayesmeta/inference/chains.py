@@ -16,7 +16,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.candidates import BY_DRAW, prior_draws
 from bayesmeta.inference.chunks import task_chunks
-from bayesmeta.inference.laplace import modes_of
+from bayesmeta.inference.laplace import DENSE, STARTS, modes_of
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import Context
 from bayesmeta.inference.transitions import LARGEST_ERROR, Chains, Target, settle, standard_errors, temper, tune
@@ -29,6 +29,8 @@ LARGEST = 2**26
 COVARIANCES = 32
 """Matrices of a task, with those of the derivatives, that are held at once."""
 BY_PAIR = (0, 0, 0, None)
+SEARCHED = 512
+"""Starts of the search for a mode that no particle has reached, in few dimensions."""
 SLACK = 1.0
 """Nats that the highest mode may be above what particles of a Gaussian would reach."""
 UNSETTLED = "Markov chains have not settled"
@@ -112,7 +114,9 @@ def _reached(population: _Population, pairs: Tensor, noise: Tensor, tasks: Tasks
     low = 0.5 * dim * max(0.0, 1 - 2 / (9 * dim) - 2 * math.sqrt(2 / (9 * dim))) ** 3
     power = torch.ones(noise.shape[1], dtype=noise.dtype)
     value = population.target(pairs, power)(noise)[0].nan_to_num(nan=-math.inf)
-    _, highest = modes_of(population.density, tasks, population.theta[0])
+    _, highest = modes_of(
+        population.density, tasks, population.theta[0], starts=SEARCHED if dim <= DENSE else 2 * STARTS
+    )
     found: np.ndarray = value.amax(0)[: len(tasks)].numpy() >= highest - low - SLACK
     return found
 

@@ -24,6 +24,8 @@ from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 
 USUAL_STEPS = 20
 """Of a search for a mode."""
+DENSE = 3
+"""Dimensions in which hundreds of draws of the prior leave no hole."""
 ANCHORS = 64
 """Draws of θ at which modes are found."""
 GROUP = 8
@@ -168,16 +170,18 @@ def _starts(theta: Tensor, tasks: int, dim: int, starts: int) -> Tensor:
     return torch.cat([drawn.new_zeros(1, *drawn.shape[1:]), drawn])
 
 
-def modes_of(density: TaskDensity, tasks: Tasks, theta: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as the starts find them.
+def modes_of(
+    density: TaskDensity, tasks: Tasks, theta: Tensor, *, starts: int = 2 * STARTS
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as draws of the prior lead to them.
 
     Returns:
         Their numbers `(T,)`, and the log density of noise and data at the highest one `(T,)`, -inf without one.
     """
     count, highest = np.zeros(len(tasks), dtype=int), np.full(len(tasks), -math.inf)
-    draws = (2 * STARTS + 1) * USUAL_STEPS
+    draws = (starts + 1) * USUAL_STEPS
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True, draws=draws):
-        begin = _starts(theta.unsqueeze(0), len(chunk.batch.names), density.structure.task_size, 2 * STARTS)
+        begin = _starts(theta.unsqueeze(0), len(chunk.batch.names), density.structure.task_size, starts)
         modes, there = modes_at(density, density.tensors(chunk.batch), theta.unsqueeze(0), begin)
         value = torch.where(there & modes.converged, modes.value, -math.inf)
         count[chunk.index] = there[:, 0].sum(0)[: len(chunk.index)].numpy()
@@ -230,11 +234,18 @@ class LaplaceGuide(TaskGuide):
         return _mixed(batch, data, modes, there)
 
     def _at_one(self, batch: Batch, data: dict[str, Tensor]) -> Context:
-        """The modes at the one θ that there is; where nothing is shared, from as many starts as a group would have."""
+        """The modes at the one θ that there is: from more starts where several are found.
+
+        Where nothing is shared, all are tried: in few dimensions draws of the prior come near every mode.
+        """
         theta, structure = self.anchors[:1], self._density.structure
-        starts = self._starts * (2 if structure.shared_size else GROUP)
-        begin = _starts(theta, len(batch.names), structure.task_size, starts)
-        return _mixed(batch, data, *modes_at(self._density, data, theta, begin))
+        tasks, dim = len(batch.names), structure.task_size
+        few, many = (2, GROUP) if structure.shared_size else (ANCHORS if dim <= DENSE else GROUP, GROUP)
+        modes, there = modes_at(self._density, data, theta, _starts(theta, tasks, dim, few * self._starts))
+        if len(there) > 1 and few < many:
+            begin = torch.cat([modes.loc, _starts(theta, tasks, dim, many * self._starts)])
+            modes, there = modes_at(self._density, data, theta, begin)
+        return _mixed(batch, data, modes, there)
 
     def _searched(self, data: dict[str, Tensor], begin: Tensor) -> tuple[Modes, Tensor]:
         """Modes at the first anchors from starts `(K, A, T, d)`, in groups of one size: `(m, A, T, …)`."""
