@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
-from bayesmeta.hierarchy.binding import bind
+from bayesmeta.hierarchy.binding import bind, in_default_dtype
 
 Source = float | str
 
@@ -200,9 +200,11 @@ class Custom(Likelihood):
     Args:
         function: returns a torch or Pyro distribution of batch shape `(T, N)`; or one of event shape `(N,)` and batch
             shape `(T, 1)` where the rows of a task are coupled; or a tensor `(T, N)` of log likelihoods.
+        priors: parameters of its own that all tasks share, by name; the function finds their values in `shared`.
     """
 
     function: Callable[..., Any]
+    priors: Mapping[str, Distribution] = dataclasses.field(default_factory=dict)
     _bound: Callable[..., Any] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -210,8 +212,16 @@ class Custom(Likelihood):
             raise ValueError(
                 "likelihood: expected a function of (f, batch, shared), got a distribution; wrap it in one"
             )
+        for name, prior in self.priors.items():
+            if not isinstance(prior, Distribution):
+                raise ValueError(f"likelihood: expected priors[{name!r}] as a distribution, got {prior!r}")
         bound = bind(self.function, role="likelihood", names=("f", "batch", "shared"))
         object.__setattr__(self, "_bound", bound)
+
+    @property
+    def shared(self) -> dict[str, Distribution]:
+        """The parameters of its own."""
+        return {name: in_default_dtype(prior) for name, prior in self.priors.items()}
 
     def distribution(self, f: Tensor, batch: Batch, shared: Mapping[str, Tensor]) -> Any:
         """What the function returns; ``model.py`` checks it."""

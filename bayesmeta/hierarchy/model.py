@@ -40,7 +40,8 @@ class _SharedValues(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         raise ValueError(
-            f"unknown shared parameter {name!r}; known: {sorted(self)}. Declare it with shared={{{name!r}: prior}}"
+            f"unknown shared parameter {name!r}; known: {sorted(self)}. Declare it with shared={{{name!r}: prior}}, "
+            f"or where a function builds the model, bm.likelihoods.Custom(function, priors={{{name!r}: prior}})"
         )
 
 

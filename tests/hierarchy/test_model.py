@@ -371,3 +371,14 @@ def test_shared_sites_expanded_outside_the_model_are_recorded() -> None:
     batch = tasks.batch(slice(None))
     density.log_task(torch.zeros(density.structure.shared_size), torch.zeros(3, 1), density.tensors(batch), {})
     assert set(density.log_task.status.values()) == {"recorded"}
+
+
+def test_a_likelihood_brings_parameters_of_its_own(batch: Batch) -> None:
+    """Then it fits into whatever builds a model from a likelihood."""
+    function = lambda f, shared: dist.Normal(f, shared["width"])  # noqa: E731
+    own = likelihoods.Custom(function, priors={"width": dist.LogNormal(0.0, 1.0)})
+    model = HierarchicalModel(Gaussian(1), lambda phi, x: phi[..., 0], own)
+    trace = poutine.trace(model).get_trace(batch)
+    assert trace.nodes["y"]["fn"].scale.unique().item() == trace.nodes["width"]["value"].item()
+    with pytest.raises(ValueError, match=r"expected priors\['width'\] as a distribution"):
+        likelihoods.Custom(function, priors={"width": 1.0})  # type: ignore[dict-item]
