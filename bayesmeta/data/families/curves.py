@@ -4,19 +4,22 @@
 
 u has a density on an interval, c is uniform on an interval, and w is normal around 0. Given u everything else is
 integrated out in closed form (`boxed.py`); u is integrated over nodes that crowd, task by task, where its posterior is.
-`Curves` holds the family's constants; `Nodes` what rows say about a task.
+`CurveFamily` is what such families share; `Curves` holds the constants of a kind of curve, `Nodes` what rows say about
+a task.
 """
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from bayesmeta.data.families.base import Interval
+from bayesmeta.data.families.base import Family, Interval, uniform
 from bayesmeta.data.families.boxed import Boxed, BoxedRows, Coefficient
 from bayesmeta.data.families.grids import cells, refined
 from bayesmeta.data.families.mixtures import Mixture
@@ -176,3 +179,43 @@ class Curves:
     def _log_prior(self, u: Tensor) -> Tensor | float:
         low, high = self.unknown
         return -math.log(high - low) if self.log_prior is None else self.log_prior(u)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveFamily(Family):
+    """Tasks that are curves of one input, of one kind or of one of two that are equally likely.
+
+    Attributes:
+        interval: Interval of inputs, uniform.
+        context_rows: Rows of an episode's context.
+        target_rows: Rows of an episode's target.
+    """
+
+    interval: Interval = (-5.0, 5.0)
+    context_rows: int | tuple[int, int] = 5
+    target_rows: int | tuple[int, int] = 200
+    dim = 1
+
+    @property
+    @abc.abstractmethod
+    def kinds(self) -> tuple[Curves, ...]:
+        """The kinds of curve, one or two."""
+
+    def inputs(self, tasks: int, rows: int, generator: torch.Generator, *, target: bool = False) -> Tensor:
+        """Draws inputs, uniform."""
+        return uniform((tasks, rows, 1), self.interval, generator)
+
+    def predictive(self, rows: Rows, x: Tensor) -> Distribution:
+        """A mixture over the unknown of cut normal coefficients and noise; kinds weighed by their evidence."""
+        first, *others = [curves.nodes(rows, curves.count(rows.x, x)) for curves in self.kinds]
+        for other in others:
+            first = first.joined(other, 0.5)
+        return self.kinds[0].mixture(first, rows, x)
+
+    def evidence(self, rows: Rows) -> Tensor:
+        """Log density of all rows of each task, over its kinds."""
+        return self.log_evidences(rows).logsumexp(0) - math.log(len(self.kinds))
+
+    def log_evidences(self, rows: Rows) -> Tensor:
+        """Log density of all rows of each task given its kind, `(kinds, T)`."""
+        return torch.stack([curves.log_evidence(rows) for curves in self.kinds])

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
-from bayesmeta.data.families.base import Family, Interval, check_intervals, check_positive, normal, uniform
-from bayesmeta.data.families.curves import Curves
-from bayesmeta.data.families.rows import Rows
+from bayesmeta.data.families.base import Interval, check_intervals, check_positive, normal, uniform
+from bayesmeta.data.families.curves import CurveFamily, Curves
 
 REACH = 6.0
 """Standard deviations of the shift that the oracle integrates over, to both sides."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriftingSinusoids(Family):
+class DriftingSinusoids(CurveFamily):
     """y = β x + a sin(f (x − b)) + c + noise ε. Truth: "drift" β, "amplitude" a, "shift" b, "level" c, `(task,)` each.
 
     Pairs are (mean, standard deviation) of normal distributions.
@@ -48,19 +46,11 @@ class DriftingSinusoids(Family):
     level: tuple[float, float] = (5.0, 0.1)
     frequency: float = 1.5
     noise: float = 0.1
-    interval: Interval = (-5.0, 5.0)
-    context_rows: int | tuple[int, int] = 5
-    target_rows: int | tuple[int, int] = 200
-    dim = 1
 
     def __post_init__(self) -> None:
         check_intervals("DriftingSinusoids", amplitude=self.amplitude, interval=self.interval)
         sds = {f"the sd of the {name}": getattr(self, name)[1] for name in ("drift", "shift", "level")}
         check_positive("DriftingSinusoids", **sds, noise=self.noise, frequency=self.frequency)
-
-    def inputs(self, tasks: int, rows: int, generator: torch.Generator, *, target: bool = False) -> Tensor:
-        """Draws inputs, uniform."""
-        return uniform((tasks, rows, 1), self.interval, generator)
 
     def labels(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Draws tasks at inputs `(T, N, 1)`."""
@@ -73,19 +63,11 @@ class DriftingSinusoids(Family):
         truth = {"drift": drift, "amplitude": amplitude, "shift": shift, "level": level}
         return y, {name: value[:, 0] for name, value in truth.items()}
 
-    def predictive(self, rows: Rows, x: Tensor) -> Distribution:
-        """A mixture over shifts; given one, amplitudes are cut normal and the line is Gaussian."""
-        curves = self._curves
-        return curves.mixture(curves.nodes(rows, curves.count(rows.x, x)), rows, x)
-
-    def evidence(self, rows: Rows) -> Tensor:
-        """Log density of all rows of each task."""
-        return self._curves.log_evidence(rows)
-
     @property
-    def _curves(self) -> Curves:
+    def kinds(self) -> tuple[Curves]:
+        """Waves on a line; given the shift, amplitudes are cut normal and the line is Gaussian."""
         mean, sd = self.shift
-        return Curves(
+        curves = Curves(
             loadings=self._loadings,
             unknown=(mean - REACH * sd, mean + REACH * sd),
             coefficient=self.amplitude,
@@ -94,6 +76,7 @@ class DriftingSinusoids(Family):
             log_prior=lambda shift: -0.5 * ((shift - mean) / sd).square() - 0.5 * math.log(2 * math.pi * sd**2),
             spread=(0.0, 0.0, self.drift[1], self.level[1]),
         )
+        return (curves,)
 
     def _loadings(self, shift: Tensor) -> tuple[Tensor, Tensor]:
         """The amplitude multiplies the wave; the line has its prior mean."""

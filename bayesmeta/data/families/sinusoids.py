@@ -10,16 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from bayesmeta.data.batch import Batch
-from bayesmeta.data.families.base import Family, Interval, check_intervals, check_positive, normal, uniform
-from bayesmeta.data.families.curves import Curves
-from bayesmeta.data.families.rows import Rows
+from bayesmeta.data.families.base import Interval, check_intervals, check_positive, normal, uniform
+from bayesmeta.data.families.curves import CurveFamily, Curves
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sinusoids(Family):
+class Sinusoids(CurveFamily):
     """y = A sin(x − p) + noise ε, amplitude A and phase p uniform. Truth: "amplitude" and "phase", `(task,)` each.
 
     Attributes:
@@ -47,18 +45,10 @@ class Sinusoids(Family):
     amplitude: Interval = (0.1, 5.0)
     phase: Interval = (0.0, math.pi)
     noise: float = 0.1
-    interval: Interval = (-5.0, 5.0)
-    context_rows: int | tuple[int, int] = 5
-    target_rows: int | tuple[int, int] = 200
-    dim = 1
 
     def __post_init__(self) -> None:
         check_intervals("Sinusoids", amplitude=self.amplitude, phase=self.phase, interval=self.interval)
         check_positive("Sinusoids", noise=self.noise)
-
-    def inputs(self, tasks: int, rows: int, generator: torch.Generator, *, target: bool = False) -> Tensor:
-        """Draws inputs, uniform."""
-        return uniform((tasks, rows, 1), self.interval, generator)
 
     def labels(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Draws sinusoids at inputs `(T, N, 1)`."""
@@ -66,22 +56,14 @@ class Sinusoids(Family):
         y = amplitude * (x[..., 0] - phase).sin() + self.noise * normal(x.shape[:2], generator)
         return y, {"amplitude": amplitude[:, 0], "phase": phase[:, 0]}
 
-    def predictive(self, rows: Rows, x: Tensor) -> Distribution:
-        """A mixture over phases of cut normal amplitudes and noise."""
-        curves = self._curves
-        return curves.mixture(curves.nodes(rows, curves.count(rows.x, x)), rows, x)
-
-    def evidence(self, rows: Rows) -> Tensor:
-        """Log density of all rows of each task."""
-        return self._curves.log_evidence(rows)
-
     @property
-    def _curves(self) -> Curves:
-        return Curves(loadings=_wave, unknown=self.phase, coefficient=self.amplitude, noise=self.noise)
+    def kinds(self) -> tuple[Curves]:
+        """Waves."""
+        return (Curves(loadings=_wave, unknown=self.phase, coefficient=self.amplitude, noise=self.noise),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SinusoidOrLine(Family):
+class SinusoidOrLine(CurveFamily):
     """A task is a sinusoid y = A sin(x − p) or, as likely, a line y = a x + b; few rows leave open which.
 
     Truth: "kind" (0 sinusoid, 1 line), "amplitude", "phase", "slope" and "intercept", `(task,)` each; those of the
@@ -115,19 +97,11 @@ class SinusoidOrLine(Family):
     slope: Interval = (-3.0, 3.0)
     intercept: Interval = (-3.0, 3.0)
     noise: float = 0.3
-    interval: Interval = (-5.0, 5.0)
-    context_rows: int | tuple[int, int] = 5
-    target_rows: int | tuple[int, int] = 200
-    dim = 1
 
     def __post_init__(self) -> None:
         names = ("amplitude", "phase", "slope", "intercept", "interval")
         check_intervals("SinusoidOrLine", **{name: getattr(self, name) for name in names})
         check_positive("SinusoidOrLine", noise=self.noise)
-
-    def inputs(self, tasks: int, rows: int, generator: torch.Generator, *, target: bool = False) -> Tensor:
-        """Draws inputs, uniform."""
-        return uniform((tasks, rows, 1), self.interval, generator)
 
     def labels(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Draws sinusoids and lines at inputs `(T, N, 1)`."""
@@ -139,30 +113,18 @@ class SinusoidOrLine(Family):
         y = curve + truth["intercept"] + self.noise * normal(x.shape[:2], generator)
         return y, {"kind": line[:, 0].long()} | {name: value[:, 0] for name, value in truth.items()}
 
-    def predictive(self, rows: Rows, x: Tensor) -> Distribution:
-        """The mixture of both kinds, each weighed by its evidence."""
-        sinusoid, line = self._kinds
-        nodes = [curves.nodes(rows, curves.count(rows.x, x)) for curves in (sinusoid, line)]
-        return sinusoid.mixture(nodes[0].joined(nodes[1], 0.5), rows, x)
-
-    def evidence(self, rows: Rows) -> Tensor:
-        """Log density of all rows of each task, over both kinds."""
-        return torch.stack(self._log_evidences(rows)).logsumexp(0) - math.log(2)
-
     def kind_probability(self, context: Batch) -> Tensor:
         """Posterior probability that each task is a sinusoid, `(T,)`: 0.5 without rows.
 
         Raises:
             ValueError: If shapes do not fit.
         """
-        sinusoid, line = self._log_evidences(self._rows(context))
+        sinusoid, line = self.log_evidences(self._rows(context))
         return (sinusoid - line).sigmoid()
 
-    def _log_evidences(self, rows: Rows) -> list[Tensor]:
-        return [curves.log_evidence(rows) for curves in self._kinds]
-
     @property
-    def _kinds(self) -> tuple[Curves, Curves]:
+    def kinds(self) -> tuple[Curves, Curves]:
+        """Waves and lines."""
         return (
             Curves(loadings=_wave, unknown=self.phase, coefficient=self.amplitude, noise=self.noise),
             Curves(loadings=_line, unknown=self.slope, coefficient=self.intercept, noise=self.noise),
