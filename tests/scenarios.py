@@ -277,6 +277,16 @@ def mixtures(batch: Batch) -> None:
             pyro.sample("y", dist.Normal(phi, sigma), obs=batch.y)
 
 
+def outliers(batch: Batch) -> None:
+    """A location, its rows narrow around it or wide around zero."""
+    with batch.tasks():
+        phi = pyro.sample("phi", dist.Normal(0.0, 3.0))
+        with batch.observations():
+            loc = torch.stack(torch.broadcast_tensors(phi, torch.zeros_like(batch.y)), -1)
+            share = dist.Categorical(torch.tensor([0.6, 0.4]).expand(loc.shape))
+            pyro.sample("y", dist.MixtureSameFamily(share, dist.Normal(loc, torch.tensor([0.3, 5.0]))), obs=batch.y)
+
+
 def nested_support(batch: Batch) -> None:
     """Supports that depend on other sites."""
     high = pyro.sample("high", dist.HalfNormal(2.0))

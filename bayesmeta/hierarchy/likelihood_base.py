@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bayesmeta.data.batch import Batch
@@ -51,6 +51,11 @@ class Likelihood(abc.ABC):
     @property
     def shared(self) -> dict[str, Distribution]:
         """Priors of the likelihood's own shared parameters, by site name; none by default."""
+        return {}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules with weights to be trained, by name; none by default."""
         return {}
 
     @abc.abstractmethod
@@ -204,7 +209,7 @@ class Custom(Likelihood):
     """
 
     function: Callable[..., Any]
-    priors: Mapping[str, Distribution] = dataclasses.field(default_factory=dict)
+    priors: Mapping[str, Distribution] = dataclasses.field(default_factory=dict, hash=False)
     _bound: Callable[..., Any] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -212,9 +217,14 @@ class Custom(Likelihood):
             raise ValueError(
                 "likelihood: expected a function of (f, batch, shared), got a distribution; wrap it in one"
             )
+        if not isinstance(self.priors, Mapping):
+            raise ValueError(f"likelihood: expected priors as distributions by name, got {self.priors!r}")
         for name, prior in self.priors.items():
+            if not (isinstance(name, str) and name):
+                raise ValueError(f"likelihood: expected a name for each of priors, got {name!r}")
             if not isinstance(prior, Distribution):
                 raise ValueError(f"likelihood: expected priors[{name!r}] as a distribution, got {prior!r}")
+        object.__setattr__(self, "priors", dict(self.priors))
         bound = bind(self.function, role="likelihood", names=("f", "batch", "shared"))
         object.__setattr__(self, "_bound", bound)
 
@@ -222,6 +232,11 @@ class Custom(Likelihood):
     def shared(self) -> dict[str, Distribution]:
         """The parameters of its own."""
         return {name: in_default_dtype(prior) for name, prior in self.priors.items()}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The function, if it is one."""
+        return {"likelihood": self.function} if isinstance(self.function, nn.Module) else {}
 
     def distribution(self, f: Tensor, batch: Batch, shared: Mapping[str, Tensor]) -> Any:
         """What the function returns; ``model.py`` checks it."""

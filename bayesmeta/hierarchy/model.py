@@ -92,6 +92,7 @@ class HierarchicalModel:
         self._declared = {name: _declaration(name, site) for name, site in (shared or {}).items()}
         parts = {"prior": prior, "predictor": predictor, "likelihood": likelihood}
         self._modules = {role: part for role, part in parts.items() if isinstance(part, nn.Module)}
+        self._modules |= self.likelihood.modules
         self._refuse_taken_names()
 
     def _refuse_taken_names(self) -> None:
@@ -99,7 +100,8 @@ class HierarchicalModel:
         clashes = sorted({name for name in (*taken, *self._declared) if (*taken, *self._declared).count(name) > 1})
         if clashes:
             raise ValueError(
-                f"shared: expected names besides {taken}, which the components use, got {clashes} again; rename them"
+                f"HierarchicalModel: expected other names in shared= or priors= than {sorted(set(taken))}, which the "
+                f"components use, got {clashes} again; rename them"
             )
 
     def __repr__(self) -> str:

@@ -6,12 +6,13 @@ Each observes a site of its own and brings its shared parameters under names of 
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Never, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bayesmeta.data.batch import Batch
@@ -36,13 +37,19 @@ class _Several(Likelihood, abc.ABC):
         """Those of all likelihoods, each with the name of its site behind its own."""
         return {f"{name}_{site}": fn for site, part in self.parts.items() for name, fn in part.shared.items()}
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Those of all likelihoods."""
+        return {f"{name}_{site}": module for site, part in self.parts.items() for name, module in part.modules.items()}
+
     def distribution(self, f: Tensor, batch: Batch, shared: Mapping[str, Tensor]) -> Never:
         """There is one a site: see `observe`."""
         raise TypeError(f"{type(self).__name__} has a distribution for each of {list(self.sites)}; call observe")
 
     def _own(self, site: str, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        own = {name: shared[f"{name}_{site}"] for name in self.parts[site].shared}
-        return {**shared, **own} if own else shared
+        values: Any = copy.copy(shared)
+        values.update({name: shared[f"{name}_{site}"] for name in self.parts[site].shared})
+        return values  # type: ignore[no-any-return]
 
 
 def _parts(owner: str, given: Mapping[Any, Any], site_of: Callable[[Any], str]) -> dict[str, Likelihood]:
@@ -52,6 +59,13 @@ def _parts(owner: str, given: Mapping[Any, Any], site_of: Callable[[Any], str]) 
     nested = [site for site, part in found.items() if isinstance(part, _Several)]
     if len(found) < len(given) or nested:
         raise ValueError(f"{owner}: expected one plain likelihood for each of {list(given)}, got {given!r}")
+    names = [f"{name}_{site}" for site, part in found.items() for name in part.shared]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"{owner}: expected parameters whose names differ with that of their site behind them, got {twice} twice; "
+            "rename them in priors="
+        )
     return found
 
 

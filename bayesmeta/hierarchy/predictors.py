@@ -22,7 +22,7 @@ _LINEAR = _ADDITIVE | {"expand", "permute", "transpose", "t", "select", "slice",
 _LINEAR |= {"getitem", "sum", "cat", "stack", "flip", "cumsum"}
 _LINEAR |= {"_to_copy"}
 _OF_FIRST = {"gather", "index", "index_select", "div"}
-_BILINEAR = {"mul", "matmul", "mm", "bmm", "mv", "dot", "einsum", "linear", "addmm", "baddbmm"}
+BILINEAR = {"mul", "matmul", "mm", "bmm", "mv", "dot", "einsum", "linear", "addmm", "baddbmm"}
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ def _affine(nodes: list[fx.Node], leaf: fx.Node, moving: set[fx.Node]) -> set[fx
     """Nodes that are affine functions of an input."""
     found = {leaf}
     for node in nodes:
-        if node in moving and _is_affine(node, moving) and found.issuperset(_parents(node, moving)):
+        if node in moving and is_affine(node, moving) and found.issuperset(_parents(node, moving)):
             found.add(node)
     return found
 
 
-def _is_affine(node: fx.Node, moving: set[fx.Node]) -> bool:
+def is_affine(node: fx.Node, moving: set[fx.Node]) -> bool:
     """Whether an operation is affine in all moving arguments together."""
     name = name_of(node)
     if name in _OF_FIRST:
         first = [argument is node.args[0] for argument in _arguments(node)]
-        return _occurrences(node, moving) == first and "rounding_mode" not in node.kwargs
+        return occurrences(node, moving) == first and "rounding_mode" not in node.kwargs
     if name == "where":
         return node.args[0] not in moving
-    return name in _LINEAR or (name in _BILINEAR and sum(_occurrences(node, moving)) == 1)
+    return name in _LINEAR or (name in BILINEAR and sum(occurrences(node, moving)) == 1)
 
 
 def _arguments(node: fx.Node) -> list[fx.Node]:
@@ -89,7 +89,8 @@ def _arguments(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _occurrences(node: fx.Node, moving: set[fx.Node]) -> list[bool]:
+def occurrences(node: fx.Node, moving: set[fx.Node]) -> list[bool]:
+    """Which of its node arguments are among the moving ones, as often as they stand there."""
     return [argument in moving for argument in _arguments(node)]
 
 
@@ -130,7 +131,7 @@ def _sums_rows(node: fx.Node, batch: int) -> bool:
 def _adds_sums(node: fx.Node, rows: set[Any], moving: set[fx.Node], batch: torch.Size) -> bool:
     """Whether a node adds what there is one number of for each task, or scales it; it must not look at rows."""
     name = name_of(node)
-    additive = name in _ADDITIVE or (name in ("mul", "div", "where") and _is_affine(node, moving))
+    additive = name in _ADDITIVE or (name in ("mul", "div", "where") and is_affine(node, moving))
     return additive and rows.isdisjoint(_parents(node, moving)) and _rows(node, batch) <= 1
 
 

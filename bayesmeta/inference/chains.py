@@ -1,12 +1,13 @@
 """The last rung of the ladder: Markov chains on the model's density, for the few tasks that need them.
 
 `transitions.py` moves chains; here they meet the model. Known tasks start at their Laplace draws, one chain at each
-draw of θ; new tasks, and all tasks where nothing is shared, are tempered from the prior together with θ.
+draw of θ; new tasks, and all tasks where there is one θ only, are tempered from the prior together with θ.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.candidates import BY_DRAW, prior_draws
 from bayesmeta.inference.chunks import task_chunks
-from bayesmeta.inference.laplace import DENSE, STARTS, modes_of
+from bayesmeta.inference.laplace import is_one, modes_of
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import Context
 from bayesmeta.inference.transitions import LARGEST_ERROR, Chains, Target, settle, standard_errors, temper, tune
@@ -29,10 +30,10 @@ LARGEST = 2**26
 COVARIANCES = 32
 """Matrices of a task, with those of the derivatives, that are held at once."""
 BY_PAIR = (0, 0, 0, None)
-SEARCHED = 512
-"""Starts of the search for a mode that no particle has reached, in few dimensions."""
 SLACK = 1.0
 """Nats that the highest mode may be above what particles of a Gaussian would reach."""
+LACKING = 2.0
+"""Nats that the evidence of particles may lack of Laplace's."""
 UNSETTLED = "Markov chains have not settled"
 SEVERAL = "several modes: chains cannot tell their weights"
 
@@ -69,7 +70,7 @@ def move_new(
 ) -> Parts:
     """Particles (θ, φ) of every new task, θ from its draws `(S, d_theta)` with log weights `(S, T)` to begin with.
 
-    Without shared parameters known tasks are no different (`joint`: their draws hang together, which is nothing then).
+    Where there is one θ known tasks are no different (`joint`: their draws hang together, which is nothing then).
     Particles that descend from the same one of the prior may still be alike; the relative ESS counts them so.
     """
     parts: Parts = []
@@ -83,12 +84,11 @@ def move_new(
         chains, pairs, evidence = temper(population.log_likelihood, population.target, noise, weight, generator)
         settled = settle(population.target(pairs, torch.ones_like(evidence)), chains, pairs)
         both = standard_errors(torch.cat([chains.noise, theta[pairs]], -1), pairs).amax(-1)
-        reached = _reached(population, pairs, chains.noise, tasks[chunk.index])
+        reached = _reached(population, pairs, chains.noise, evidence, tasks[chunk.index])
         for place, task in enumerate(chunk.index):
             one = theta[pairs[:, place]]
             known = bool(evidence[place].isfinite()) and float(both[:, place].max()) <= LARGEST_ERROR
-            good = settled[place] and known and reached[place]
-            flag = "" if good else UNSETTLED
+            flag = "" if settled[place] and known and reached[place] else UNSETTLED
             drawn = equal_draws(one, chains.noise[:, place : place + 1], "nuts", math.nan, flag, joint)
             drawn.ess = np.array([1 / max(1.0, len(theta) * float(both[0, place]) ** 2)])
             parts.append((np.array([task]), drawn))
@@ -102,23 +102,26 @@ def _elements(tasks: Tasks, coupled: bool) -> int:
     return sum(value.numel() for value in largest.tensors.values()) + covariances
 
 
-def _reached(population: _Population, pairs: Tensor, noise: Tensor, tasks: Tasks) -> np.ndarray:
-    """Whether particles `(S, T, d)` have been about as high as each task's highest mode, where θ is not in the way.
+def _reached(population: _Population, pairs: Tensor, noise: Tensor, evidence: Tensor, tasks: Tasks) -> Sequence[bool]:
+    """Whether particles `(S, T, d)` are where a search finds the modes of each task, where θ is not in the way.
 
-    A narrow neck may hold much of a posterior and no particle. Of S draws of a Gaussian a few are lower than its mode
-    by no more than a low quantile of χ²_d/2 (Wilson and Hilferty's approximation).
+    They must have been about as high as the highest one: a narrow neck may hold much of a posterior and no particle. Of
+    S draws of a Gaussian a few are lower than its mode by no more than a low quantile of χ²_d/2 (Wilson and Hilferty's
+    approximation). And their `evidence` `(T,)` must not be less than that of the modes by Laplace's approximation: what
+    particles came upon late has too few of them.
     """
-    if population.density.structure.shared_size:
-        return np.ones(len(tasks), dtype=bool)
+    if not is_one(population.theta):
+        return [True] * len(tasks)
     dim = noise.shape[-1]
     low = 0.5 * dim * max(0.0, 1 - 2 / (9 * dim) - 2 * math.sqrt(2 / (9 * dim))) ** 3
     power = torch.ones(noise.shape[1], dtype=noise.dtype)
-    value = population.target(pairs, power)(noise)[0].nan_to_num(nan=-math.inf)
-    _, highest = modes_of(
-        population.density, tasks, population.theta[0], starts=SEARCHED if dim <= DENSE else 2 * STARTS
-    )
-    found: np.ndarray = value.amax(0)[: len(tasks)].numpy() >= highest - low - SLACK
-    return found
+    value = population.target(pairs, power)(noise)[0].nan_to_num(nan=-math.inf)[:, : len(tasks)].amax(0)
+    modes, there = modes_of(population.density, tasks, population.theta[0], alone=True)
+    usable = there & modes.converged
+    highest = torch.where(usable, modes.value, -math.inf).amax(0)
+    expected = torch.where(usable, modes.log_evidence, -math.inf).logsumexp(0)
+    found = (value >= highest - low - SLACK) & (evidence[: len(tasks)] >= expected - LACKING)
+    return found.tolist()  # type: ignore[no-any-return]
 
 
 class _Population:

@@ -25,8 +25,10 @@ from bayesmeta.inference.protocols import Context, TaskGuide
 
 RADII = (0.5, 1.0, 2.0, 4.0, 7.0, 10.0, 15.0, 20.0)
 """Distances from the prior's centre, in prior sds, at which a log joint must equal its quadratic; both directions."""
-SCATTERED = 16
-"""How often further points are drawn, twice as wide as the prior."""
+SCATTERED, SCATTERED_WIDELY = 16, 170
+"""How often further points are drawn, twice as wide as the prior; and of functions that may not be polynomials."""
+INFORMED = 1e-6
+"""The least precision that rows add to the prior's in a direction that they say something of."""
 THETAS = 3
 TRIED = 0.3
 """θ at which all tasks are tried are normal around the prior's centre with this sd, in prior units."""
@@ -115,9 +117,10 @@ def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor, *, suspected
 
     The log joint and its gradient must equal the quadratic at the prior's centre to 1e-9 × (1 + the sum of the sizes
     of their terms) at 16 points up to 20 prior sds away, at draws twice as wide as the prior and at those `suspected`
-    `(K, T, d)` where another method has found weight, and at 3 θ. Densities in float32 are too coarse for the test:
-    none of their tasks counts as Gaussian. Nor do those of other priors than normal and flat ones: a mixture may have
-    one normal alone near some θ and not near others.
+    `(K, T, d)` where another method has found weight, and at 3 θ. A mixture may be quadratic there and not between:
+    where operations may make other functions than polynomials there are ten times as many draws, and rows must say
+    something of every direction. Densities in float32 are too coarse for the test: none of their tasks counts as
+    Gaussian. Nor do those of other priors than normal and flat ones: a mixture may have one normal alone near some θ.
     """
     found = np.zeros(len(tasks), dtype=bool)
     sites = density.structure.task
@@ -135,26 +138,37 @@ def are_gaussian(density: TaskDensity, tasks: Tasks, theta: Tensor, *, suspected
 def _pass(density: TaskDensity, batch: Batch, theta: Tensor, suspected: Sequence[Tensor]) -> np.ndarray:
     data = density.tensors(batch)
     shape = (len(theta), len(batch.names), density.structure.task_size)
+    values = dict(density.learned.values)
+    surely = density.log_task.polynomials(theta[0], theta.new_zeros(shape[1:]), data, values)[1]
     curvature = functools.partial(_curvature, density, theta, data)
     with torch.no_grad():
         quadratic = curvature(theta.new_zeros(shape))
         precise = torch.linalg.cholesky_ex(-quadratic[2]).info == 0
         passed = precise.all(0) & _finite(quadratic).all(0)
-        for noise in itertools.chain(_points(shape, theta.dtype), suspected):
+        passed &= surely or _informed(quadratic[2])
+        for noise in itertools.chain(_points(shape, theta.dtype, SCATTERED if surely else SCATTERED_WIDELY), suspected):
             if not bool(passed.any()):
                 break
             passed &= _agrees(curvature(noise), quadratic, noise)
     return passed.numpy()
 
 
-def _points(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+def _informed(hessian: Tensor) -> Tensor:
+    """Which tasks have rows that are informative in every direction, at all θ, `(T,)`."""
+    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype)
+    finite = torch.isfinite(hessian).flatten(-2).all(-1)[..., None, None]
+    added = torch.linalg.eigvalsh(torch.where(finite, -hessian, eye) - eye)
+    return (added[..., 0] > INFORMED).all(0)
+
+
+def _points(shape: tuple[int, ...], dtype: torch.dtype, scattered: int) -> Iterator[Tensor]:
     """Where tasks are tried, `(S, T, d)` each: on spheres, which in one dimension are two points, and scattered."""
     generator = torch.Generator().manual_seed(0)
     for radius in RADII:
         direction = torch.randn(shape, generator=generator, dtype=dtype)
         step = radius * direction / direction.square().mean(-1, keepdim=True).sqrt()
         yield from (step, -step)
-    for _ in range(SCATTERED):
+    for _ in range(scattered):
         yield 2 * torch.randn(shape, generator=generator, dtype=dtype)
 
 

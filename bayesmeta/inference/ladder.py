@@ -21,7 +21,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.candidates import log_evidence
 from bayesmeta.inference.chains import SEVERAL, move_known, move_new
 from bayesmeta.inference.exact import ExactGuide, are_gaussian
-from bayesmeta.inference.laplace import LaplaceGuide, modes_of, most_typical
+from bayesmeta.inference.laplace import LaplaceGuide, is_one, modes_of, most_typical
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import TaskGuide
 from bayesmeta.inference.weighing import (
@@ -177,7 +177,7 @@ class _Climber:
         if not len(positions):
             return
         tasks = self.tasks[positions]
-        if self.known and self.density.structure.shared_size:
+        if self.known and not is_one(self.theta):
             parts = move_known(self.density, self.guides, self.theta, tasks, self.found.chosen(positions))
             several = self._modes(positions) > 1
             for index, drawn in parts:
@@ -203,7 +203,10 @@ class _Climber:
         self.found.put([(np.arange(len(positions)), drawn)], positions)
 
     def _modes(self, positions: np.ndarray) -> np.ndarray:
-        return modes_of(self.density, self.tasks[positions], most_typical(self.theta))[0]
+        alone = not self.density.structure.shared_size
+        _, there = modes_of(self.density, self.tasks[positions], most_typical(self.theta), alone=alone)
+        count: np.ndarray = there.sum(0).numpy()
+        return count
 
     def _log_weight(self, positions: np.ndarray) -> Tensor:
         """What the θ weigh before new tasks are seen: replaced tasks are taken out of them."""

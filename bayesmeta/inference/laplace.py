@@ -6,6 +6,7 @@ of `checks/` use. What has not converged is marked, never used as if it had.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from bayesmeta.inference.protocols import Context, TaskGuide, TaskPosterior
 USUAL_STEPS = 20
 """Of a search for a mode."""
 DENSE = 3
-"""Dimensions in which hundreds of draws of the prior leave no hole."""
+"""Dimensions in which hundreds of draws come near most modes."""
+WIDE = 2.0
+"""Of hundreds of draws the second half is so much wider than the prior, whose own draws are few where its tails are."""
 ANCHORS = 64
 """Draws of θ at which modes are found."""
 GROUP = 8
@@ -35,6 +38,8 @@ STARTS = 8
 APART = 0.1
 """Modes nearer to each other than this, in posterior sds, are one."""
 MOST_MODES = 4
+LARGEST = 2**20
+"""Rows, or pairs of coupled ones, that are looked at at once, those of every start."""
 NOWHERE = -1e30
 """The log evidence of a mode that was not reached: it has no share beside one that was."""
 SMALLEST_SHARE = 1e-3
@@ -66,15 +71,16 @@ def distinct_modes(curvature: Curvature, starts: Tensor) -> tuple[Modes, Tensor]
     modes = Modes(found.loc[order, every], found.factor[order, every], found.value[order, every], found.converged)
     modes.converged = found.converged[order, every]
     evidence = evidence[order, every]
-    kept = torch.zeros_like(modes.converged)
-    for place in range(len(starts)):
-        other = (modes.loc[place] - modes.loc).unsqueeze(-2) @ modes.factor
-        near = (other.squeeze(-2).square().sum(-1).sqrt() < APART) & kept
-        share = evidence[place] - evidence[0] > math.log(SMALLEST_SHARE)
-        kept[place] = modes.converged[place] & ~near.any(0) & share & (kept.sum(0) < MOST_MODES)
+    left = modes.converged & (evidence - evidence[0] > math.log(SMALLEST_SHARE))
+    kept, task = torch.zeros_like(left), torch.arange(starts.shape[1])
+    for _ in range(MOST_MODES):
+        best = left.to(torch.uint8).argmax(0)
+        kept[best, task] |= left.any(0)
+        other = (modes.loc - modes.loc[best, task]).unsqueeze(-2) @ modes.factor[best, task]
+        left &= other.squeeze(-2).square().sum(-1).sqrt() >= APART
     kept[0] = True
     first = (~kept).to(torch.int64).argsort(dim=0, stable=True)[: int(kept.sum(0).max())]
-    columns = torch.arange(starts.shape[1]).expand_as(first)
+    columns = task.expand_as(first)
     parts = (part[first, columns] for part in (modes.loc, modes.factor, modes.value, modes.converged))
     return Modes(*parts), kept[first, columns]
 
@@ -164,29 +170,65 @@ def mirrored(count: int, *shape: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([drawn, -drawn], 1).flatten(0, 1)[:count]
 
 
+def is_one(theta: Tensor) -> bool:
+    """Whether draws of θ `(S, d_theta)` are all the same: nothing is shared, or θ is a point."""
+    return bool((theta == theta[0]).all())
+
+
+def starts_alone(density: TaskDensity) -> int:
+    """How many starts a search has where nothing is shared: nothing else tells of modes far from the prior's centre."""
+    return STARTS * (ANCHORS if density.structure.task_size <= DENSE else GROUP)
+
+
 def _starts(theta: Tensor, tasks: int, dim: int, starts: int) -> Tensor:
-    """The prior's centre and draws of it for each θ and task, `(starts + 1, A, T, d)`."""
+    """The prior's centre and draws of it for each θ and task, `(starts + 1, A, T, d)`; of hundreds some are wider."""
     drawn = mirrored(starts, len(theta), tasks, dim, dtype=theta.dtype)
+    if starts >= STARTS * ANCHORS:
+        drawn[starts // 2 :] *= WIDE
     return torch.cat([drawn.new_zeros(1, *drawn.shape[1:]), drawn])
 
 
-def modes_of(
-    density: TaskDensity, tasks: Tasks, theta: Tensor, *, starts: int = 2 * STARTS
-) -> tuple[np.ndarray, np.ndarray]:
-    """How many modes the posterior of each task has at one θ `(d_theta,)`, as far as draws of the prior lead to them.
+def _modes_at_one(
+    density: TaskDensity, data: dict[str, Tensor], theta: Tensor, starts: int, further: Tensor | None = None
+) -> tuple[Modes, Tensor]:
+    """Modes at one θ `(1, d_theta)`, `(m, 1, T, …)`, of so many tasks at a time that memory stays small."""
+    tasks, rows = data["mask"].shape
+    size = min(tasks, max(1, LARGEST // ((starts + 1) * rows ** (2 if density.structure.exact_size else 1))))
+    found = []
+    for place in range(0, tasks, size):
+        index = torch.arange(place, place + size).clamp(max=tasks - 1)
+        begin = _starts(theta, size, density.structure.task_size, starts)
+        begin = begin if further is None else torch.cat([further[:, :, index], begin])
+        found.append(modes_at(density, {name: value[index] for name, value in data.items()}, theta, begin))
+    return _together(found, 2, tasks)
+
+
+def modes_of(density: TaskDensity, tasks: Tasks, theta: Tensor, *, alone: bool = False) -> tuple[Modes, Tensor]:
+    """The modes that the posterior of each task has at one θ `(d_theta,)`, as far as draws of the prior lead to them.
+
+    Args:
+        density: The model.
+        tasks: The tasks.
+        theta: The θ.
+        alone: Whether it is the only θ: then there are as many starts as `starts_alone` says.
 
     Returns:
-        Their numbers `(T,)`, and the log density of noise and data at the highest one `(T,)`, -inf without one.
+        Up to `MOST_MODES` modes, best first, `(m, T, …)`, and which of them are there `(m, T)`: the first always.
     """
-    count, highest = np.zeros(len(tasks), dtype=int), np.full(len(tasks), -math.inf)
-    draws = (starts + 1) * USUAL_STEPS
-    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size, rounded=True, draws=draws):
-        begin = _starts(theta.unsqueeze(0), len(chunk.batch.names), density.structure.task_size, starts)
-        modes, there = modes_at(density, density.tensors(chunk.batch), theta.unsqueeze(0), begin)
-        value = torch.where(there & modes.converged, modes.value, -math.inf)
-        count[chunk.index] = there[:, 0].sum(0)[: len(chunk.index)].numpy()
-        highest[chunk.index] = value[:, 0].amax(0)[: len(chunk.index)].numpy()
-    return count, highest
+    starts = starts_alone(density) if alone else 2 * STARTS
+    order, found = [], []
+    for chunk in task_chunks(
+        tasks, exact_size=density.structure.exact_size, rounded=True, draws=(starts + 1) * USUAL_STEPS
+    ):
+        modes, there = _modes_at_one(density, density.tensors(chunk.batch), theta.unsqueeze(0), starts)
+        parts = (modes.loc, modes.factor, modes.value, modes.converged, there)
+        loc, factor, value, converged, there = (part[:, 0, : len(chunk.index)] for part in parts)
+        found.append((Modes(loc, factor, value, converged), there))
+        order.append(chunk.index)
+    place = torch.as_tensor(np.argsort(np.concatenate(order)))
+    modes, there = _together(found, 1, len(tasks))
+    ordered = (part[:, place] for part in (modes.loc, modes.factor, modes.value, modes.converged))
+    return Modes(*ordered), there[:, place]
 
 
 class LaplaceGuide(TaskGuide):
@@ -221,7 +263,7 @@ class LaplaceGuide(TaskGuide):
 
     def prepare(self, batch: Batch, data: dict[str, Tensor]) -> Context:
         """Finds the modes of a batch: from several starts at some anchors, and at all if there are several modes."""
-        if bool((self.anchors == self.anchors[0]).all()):
+        if is_one(self.anchors):
             return self._at_one(batch, data)
         begin = _starts(self.anchors, len(batch.names), self._density.structure.task_size, self._starts)
         modes, there = self._searched(data, begin[:, :GROUP])
@@ -234,17 +276,13 @@ class LaplaceGuide(TaskGuide):
         return _mixed(batch, data, modes, there)
 
     def _at_one(self, batch: Batch, data: dict[str, Tensor]) -> Context:
-        """The modes at the one θ that there is: from more starts where several are found.
-
-        Where nothing is shared, all are tried: in few dimensions draws of the prior come near every mode.
-        """
-        theta, structure = self.anchors[:1], self._density.structure
-        tasks, dim = len(batch.names), structure.task_size
-        few, many = (2, GROUP) if structure.shared_size else (ANCHORS if dim <= DENSE else GROUP, GROUP)
-        modes, there = modes_at(self._density, data, theta, _starts(theta, tasks, dim, few * self._starts))
-        if len(there) > 1 and few < many:
-            begin = torch.cat([modes.loc, _starts(theta, tasks, dim, many * self._starts)])
-            modes, there = modes_at(self._density, data, theta, begin)
+        """The modes at the one θ: from all starts where nothing is shared, else from more where several are found."""
+        search = functools.partial(_modes_at_one, self._density, data, self.anchors[:1])
+        if self._starts and not self._density.structure.shared_size:
+            return _mixed(batch, data, *search(starts_alone(self._density)))
+        modes, there = search(2 * self._starts)
+        if len(there) > 1:
+            modes, there = search(GROUP * self._starts, modes.loc)
         return _mixed(batch, data, modes, there)
 
     def _searched(self, data: dict[str, Tensor], begin: Tensor) -> tuple[Modes, Tensor]:
@@ -254,10 +292,7 @@ class LaplaceGuide(TaskGuide):
         for place in range(0, count, GROUP):
             index = torch.arange(place, place + GROUP).clamp(max=count - 1)
             found.append(modes_at(self._density, data, self.anchors[index], begin[:, index]))
-        most = max(len(there) for _, there in found)
-        columns = zip(*[(m.loc, m.factor, m.value, m.converged, there) for m, there in found], strict=True)
-        whole = [torch.cat([_padded(part, most) for part in parts], 1)[:, :count] for parts in columns]
-        return Modes(*whole[:4]), whole[4]
+        return _together(found, 1, count)
 
     def _neighbours(self, loc: Tensor, there: Tensor) -> Tensor:
         """For each anchor and task the modes `(m, A, T, d)` at the nearest anchor that has the most of them."""
@@ -269,7 +304,7 @@ class LaplaceGuide(TaskGuide):
 
     def nearest(self, theta: Tensor) -> Tensor:
         """The anchor nearest to each θ, `(S,)`; of equal ones the first."""
-        if bool((self.anchors == self.anchors[0]).all()):
+        if is_one(self.anchors):
             return torch.zeros(len(theta), dtype=torch.long)
         here, there = ((points - self.anchors[0]) / self.scale for points in (theta, self.anchors))
         return torch.cdist(here, there).argmin(1)
@@ -294,6 +329,14 @@ def _mixed(batch: Batch, data: dict[str, Tensor], modes: Modes, there: Tensor) -
         share = torch.where(modes.converged, modes.log_evidence, NOWHERE)
         summary["log_share"] = torch.where(there, share, -math.inf).log_softmax(0)
     return Context(batch, data, summary)
+
+
+def _together(found: Sequence[tuple[Modes, Tensor]], dim: int, count: int) -> tuple[Modes, Tensor]:
+    """Modes of several searches side by side along a dimension, the first `count` of them."""
+    most = max(len(there) for _, there in found)
+    columns = zip(*[(m.loc, m.factor, m.value, m.converged, there) for m, there in found], strict=True)
+    whole = [torch.cat([_padded(part, most) for part in parts], dim).narrow(dim, 0, count) for parts in columns]
+    return Modes(*whole[:4]), whole[4]
 
 
 def _padded(part: Tensor, most: int) -> Tensor:

@@ -382,3 +382,38 @@ def test_a_likelihood_brings_parameters_of_its_own(batch: Batch) -> None:
     assert trace.nodes["y"]["fn"].scale.unique().item() == trace.nodes["width"]["value"].item()
     with pytest.raises(ValueError, match=r"expected priors\['width'\] as a distribution"):
         likelihoods.Custom(function, priors={"width": 1.0})  # type: ignore[dict-item]
+    for priors, message in (
+        (None, "expected priors as distributions by name"),
+        ({"": dist.Normal(0.0, 1.0)}, "expected a name for each of priors, got ''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            likelihoods.Custom(function, priors=priors)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got \['mu'\] again; rename them"):
+        HierarchicalModel(
+            Gaussian(1), lambda phi, x: phi[..., 0], likelihoods.Custom(function, priors={"mu": dist.Normal(0.0, 1.0)})
+        )
+
+
+class Learned(nn.Module):
+    """A likelihood with a weight to be trained and a shared parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, f: Tensor, shared: Any) -> dist.Normal:
+        """Labels around f and the shift."""
+        return dist.Normal(f + self.shift, shared["width"])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_likelihood_with_parameters_of_its_own_may_be_a_module(several: bool) -> None:
+    rng = np.random.default_rng(0)
+    own: Any = likelihoods.Custom(Learned(), priors={"width": dist.LogNormal(0.0, 1.0)})
+    if several:
+        own = likelihoods.Outputs({0: own, 1: likelihoods.Normal()})
+    tasks = Tasks.from_arrays(list(rng.normal(size=(3, 4, 2))), list(rng.normal(size=(3, 4, 2) if several else (3, 4))))
+    density = TaskDensity(
+        HierarchicalModel(Gaussian(2), lambda phi, x: phi * x if several else (phi * x).sum(-1), own), tasks
+    )
+    assert [name.split("$$$")[-1] for name in density.learned.values] == ["shift"]

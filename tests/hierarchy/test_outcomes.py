@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
+from bayesmeta.hierarchy.likelihood_base import Custom
 from bayesmeta.hierarchy.likelihoods import Bernoulli, Beta, Categorical, Kinds, Normal, Outputs, Poisson, StudentT
 from bayesmeta.hierarchy.model import HierarchicalModel
 from bayesmeta.hierarchy.priors import Gaussian
@@ -284,3 +286,16 @@ def test_an_output_has_one_likelihood(keys: tuple[Any, ...], expected: str) -> N
         Outputs({key: Normal() for key in keys}).check(tasks)
     with pytest.raises(ValueError, match="output 'width': "):
         Outputs({"width": Poisson()}).check(tasks)
+
+
+def test_parameters_that_would_have_one_name_are_refused_and_unknown_ones_named() -> None:
+    width = dist.LogNormal(0.0, 1.0)
+    short = Custom(lambda f, shared: dist.Normal(f, shared["a"]), priors={"a": width})
+    long = Custom(lambda f, shared: dist.Normal(f, shared["a_b"]), priors={"a_b": width})
+    with pytest.raises(ValueError, match=r"Outputs: expected parameters whose names differ.*got \['a_b_c'\] twice"):
+        Outputs({"b_c": short, "c": long})
+    wrong = Custom(lambda f, shared: dist.Normal(f, shared["widht"]), priors={"width": width})
+    model = HierarchicalModel(Gaussian(2), lambda phi, x: phi.expand(*x.shape[:2], 2), Outputs({0: wrong, 1: Normal()}))
+    tasks = Tasks.from_arrays([[[0.1], [0.2]]], [[[0.3, 0.4], [0.1, 0.2]]])
+    with pytest.raises(ValueError, match="unknown shared parameter 'widht'; known: .*'width'"):
+        model(tasks.batch([0]))

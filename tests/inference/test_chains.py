@@ -16,6 +16,7 @@ import torch
 from conjugate import ROWS, TAU, conditional, exact, make_tasks, setting
 from one_dimensional import SQUARES, agrees, answer, counts, density, guides, moments, theta_draws
 from one_dimensional import make_tasks as one_tasks
+from scenarios import outliers
 from scipy.special import gammaln
 from scipy.stats import gamma, norm
 
@@ -202,6 +203,19 @@ def with_slack(
     monkeypatch.setattr(chains, "SLACK", slack)
     torch.manual_seed(0)
     return move_new(read, guides(), theta, tasks, torch.zeros(1000, 2).double())
+
+
+def test_a_mode_that_particles_come_upon_late_is_said() -> None:
+    """Rows around 9.5, 3.2 prior sds out, where all of the mass is: tasks with few particles there are flagged."""
+    rows = [9.31, 9.64, 9.83, 9.57, 9.35]
+    tasks = one_tasks({str(place): rows for place in range(16)})
+    read, theta = TaskDensity(outliers, tasks), torch.zeros(400, 0, dtype=torch.float64)
+    parts = move_new(read, guides(), theta, tasks, torch.zeros(400, 16, dtype=torch.float64))
+    share = [float(((3 * drawn.noise[:, c] - 9.54).abs() < 1).double().mean()) for drawn, c in placed(parts, 16)]
+    flags = [drawn.flag[c] for drawn, c in placed(parts, 16)]
+    assert any(some < 0.5 for some in share), "the test would not see what follows"
+    assert all(flag for flag, some in zip(flags, share, strict=True) if some < 0.5)
+    assert any(not flag for flag, some in zip(flags, share, strict=True) if some > 0.9)
 
 
 def test_theta_is_weighed_where_the_prior_is_whitened_by_its_moments() -> None:
