@@ -7,8 +7,8 @@ C and T a random context and target of the task. The particles are `bm.guides.Di
 and differentiated through; the objective is the log density of the target, "predictive".
 
 Deviations from the paper: the target's log density instead of the chaser loss, the distance of particles after K steps
-on C to those after more steps on C ∪ T; particles are narrow Gaussians, so that φ has a density; noise and precision of
-the prior are shared, not particles of their own.
+on C to those after more steps on C ∪ T, which learned step sizes, as here, would make 0 by standing still; particles
+are narrow Gaussians, so that φ has a density; noise and precision of the prior are shared, not particles of their own.
 
 References:
     Yoon, Kim, Dia, Kim, Bengio, Ahn: Bayesian Model-Agnostic Meta-Learning, 2018, https://arxiv.org/abs/1806.03836

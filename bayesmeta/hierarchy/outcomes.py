@@ -39,8 +39,10 @@ class _Several(Likelihood, abc.ABC):
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Those of all likelihoods."""
-        return {f"{name}_{site}": module for site, part in self.parts.items() for name, module in part.modules.items()}
+        """Those of all likelihoods, one that several have in common once."""
+        named = [(f"{name}_{site}", m) for site, part in self.parts.items() for name, m in part.modules.items()]
+        first = {id(module): name for name, module in reversed(named)}
+        return {name: module for name, module in named if first[id(module)] == name}
 
     def distribution(self, f: Tensor, batch: Batch, shared: Mapping[str, Tensor]) -> Never:
         """There is one a site: see `observe`."""

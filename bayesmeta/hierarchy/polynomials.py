@@ -12,7 +12,10 @@ from bayesmeta.hierarchy.rewriting import name_of, number_of
 
 _SHAPES = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 """These see the shape of a tensor alone."""
-_OF_FIRST, _OF_SECOND = {"triangular_solve", "cholesky_solve"}, {"linalg_solve_triangular", "linalg_solve"}
+_LINEAR = {"mean", "constant_pad_nd", "roll", "repeat", "diag_embed", "diagonal", "tril", "triu", "lift_fresh_copy"}
+_LINEAR |= {"copy", "select_scatter", "slice_scatter", "diagonal_scatter", "index_add", "scatter_add", "addcmul"}
+_LINEAR |= {"convolution", "embedding"}
+_OF_FIRST, _OF_SECOND = {"triangular_solve", "cholesky_solve"}, {"linalg_solve_triangular", "_linalg_solve_ex"}
 """Linear in one argument whatever the other is."""
 
 
@@ -31,7 +34,7 @@ def is_polynomial(leaf: fx.Node) -> bool:
 def _keeps(node: fx.Node, moving: set[fx.Node]) -> bool:
     """Whether an operation makes polynomials of polynomials."""
     name, arguments = name_of(node), occurrences(node, moving)
-    if is_affine(node, moving) or name == "square" or name in BILINEAR:
+    if is_affine(node, moving) or name == "square" or name in BILINEAR | _LINEAR:
         return True
     if name in _OF_FIRST | _OF_SECOND:
         return arguments == [name in _OF_FIRST, name in _OF_SECOND]

@@ -20,7 +20,6 @@ _VIEWS = {"unsqueeze", "squeeze", "reshape", "view", "_unsafe_view", "alias", "c
 _ADDITIVE = {"add", "sub", "rsub", "neg"} | _VIEWS
 _LINEAR = _ADDITIVE | {"expand", "permute", "transpose", "t", "select", "slice", "split_with_sizes", "split", "unbind"}
 _LINEAR |= {"getitem", "sum", "cat", "stack", "flip", "cumsum"}
-_LINEAR |= {"_to_copy"}
 _OF_FIRST = {"gather", "index", "index_select", "div"}
 BILINEAR = {"mul", "matmul", "mm", "bmm", "mv", "dot", "einsum", "linear", "addmm", "baddbmm"}
 
@@ -79,6 +78,9 @@ def is_affine(node: fx.Node, moving: set[fx.Node]) -> bool:
         return occurrences(node, moving) == first and "rounding_mode" not in node.kwargs
     if name == "where":
         return node.args[0] not in moving
+    if name == "_to_copy":
+        value = example(node)
+        return value is not None and value.is_floating_point()
     return name in _LINEAR or (name in BILINEAR and sum(occurrences(node, moving)) == 1)
 
 

@@ -17,7 +17,9 @@ from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.candidates import BY_DRAW, prior_draws
 from bayesmeta.inference.chunks import task_chunks
+from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.laplace import is_one, modes_of
+from bayesmeta.inference.newton import Modes
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import Context
 from bayesmeta.inference.transitions import LARGEST_ERROR, Chains, Target, settle, standard_errors, temper, tune
@@ -33,7 +35,7 @@ BY_PAIR = (0, 0, 0, None)
 SLACK = 1.0
 """Nats that the highest mode may be above what particles of a Gaussian would reach."""
 LACKING = 2.0
-"""Nats that the evidence of particles may lack of Laplace's."""
+"""Nats that the evidence of particles may lack of what is found around the modes."""
 UNSETTLED = "Markov chains have not settled"
 SEVERAL = "several modes: chains cannot tell their weights"
 
@@ -107,7 +109,7 @@ def _reached(population: _Population, pairs: Tensor, noise: Tensor, evidence: Te
 
     They must have been about as high as the highest one: a narrow neck may hold much of a posterior and no particle. Of
     S draws of a Gaussian a few are lower than its mode by no more than a low quantile of χ²_d/2 (Wilson and Hilferty's
-    approximation). And their `evidence` `(T,)` must not be less than that of the modes by Laplace's approximation: what
+    approximation). And their `evidence` `(T,)` must not be less than what weighted draws around a mode tell of it: what
     particles came upon late has too few of them.
     """
     if not is_one(population.theta):
@@ -115,13 +117,31 @@ def _reached(population: _Population, pairs: Tensor, noise: Tensor, evidence: Te
     dim = noise.shape[-1]
     low = 0.5 * dim * max(0.0, 1 - 2 / (9 * dim) - 2 * math.sqrt(2 / (9 * dim))) ** 3
     power = torch.ones(noise.shape[1], dtype=noise.dtype)
-    value = population.target(pairs, power)(noise)[0].nan_to_num(nan=-math.inf)[:, : len(tasks)].amax(0)
+    value = population.target(pairs, power)(noise)[0].nan_to_num(nan=-math.inf).amax(0)
     modes, there = modes_of(population.density, tasks, population.theta[0], alone=True)
-    usable = there & modes.converged
-    highest = torch.where(usable, modes.value, -math.inf).amax(0)
-    expected = torch.where(usable, modes.log_evidence, -math.inf).logsumexp(0)
-    found = (value >= highest - low - SLACK) & (evidence[: len(tasks)] >= expected - LACKING)
+    highest = torch.where(there & modes.converged, modes.value, -math.inf).amax(0)
+    expected, count = _evidence_around(population, pairs, modes, there), len(tasks)
+    found = (value[:count] >= highest - low - SLACK) & (evidence[:count] >= expected[:count] - LACKING)
     return found.tolist()  # type: ignore[no-any-return]
+
+
+def _evidence_around(population: _Population, pairs: Tensor, modes: Modes, there: Tensor) -> Tensor:
+    """The evidence `(T,)` that weighted draws around one of a task's modes `(m, t, …)` tell of, the most of them.
+
+    T is the population's number of tasks, t ≤ T how many of them are more than padding.
+    """
+    filled = torch.arange(pairs.shape[1]).clamp(max=there.shape[1] - 1)
+    joint = population.target(pairs, torch.ones(len(filled), dtype=modes.value.dtype))
+    found = [torch.full((len(filled),), -math.inf, dtype=modes.value.dtype)]
+    for place, usable in enumerate(there & modes.converged):
+        shape = (len(pairs), len(filled))
+        around = GaussianTasks(
+            modes.loc[place, filled].expand(*shape, -1), modes.factor[place, filled].expand(*shape, -1, -1)
+        )
+        noise = around.sample(heavy=True)
+        log_weight = (joint(noise)[0] - around.log_prob(noise, heavy=True)).nan_to_num(nan=-math.inf, neginf=-math.inf)
+        found.append(torch.where(usable[filled], log_weight.logsumexp(0) - math.log(len(pairs)), -math.inf))
+    return torch.stack(found).amax(0)
 
 
 class _Population:
@@ -135,9 +155,17 @@ class _Population:
         self._plain = all(site.kind != "moments" for site in density.structure.task)
 
     def log_likelihood(self, pairs: Tensor, noise: Tensor) -> Tensor:
-        """Log p(D_i | φ, θ) of pairs `(S, T)` and noise `(S, T, d)`: `(S, T)`."""
+        """Log p(φ, D_i | θ) less the density of the prior's draws, of pairs `(S, T)` and noise `(S, T, d)`: `(S, T)`.
+
+        It is more than the likelihood where a prior is scaled or masked.
+        """
         args = (self.theta[pairs.flatten()], noise.flatten(0, 1).unsqueeze(1), self._data, self._values)
-        return self.density.log_parts.mapped(*args, in_dims=BY_PAIR)[1].reshape(pairs.shape)
+        prior, likelihood = (
+            part.reshape(pairs.shape) for part in self.density.log_parts.mapped(*args, in_dims=BY_PAIR)
+        )
+        if not self._plain:
+            return likelihood
+        return likelihood + prior + 0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1)
 
     def target(self, pairs: Tensor, power: Tensor) -> Target:
         """Prior times the `power` `(T,)` of the likelihood."""

@@ -210,7 +210,7 @@ def modes_of(density: TaskDensity, tasks: Tasks, theta: Tensor, *, alone: bool =
         density: The model.
         tasks: The tasks.
         theta: The θ.
-        alone: Whether it is the only θ: then there are as many starts as `starts_alone` says.
+        alone: Whether to search from as many starts as `starts_alone` says, not a few.
 
     Returns:
         Up to `MOST_MODES` modes, best first, `(m, T, …)`, and which of them are there `(m, T)`: the first always.

@@ -411,7 +411,7 @@ def test_a_likelihood_with_parameters_of_its_own_may_be_a_module(several: bool) 
     rng = np.random.default_rng(0)
     own: Any = likelihoods.Custom(Learned(), priors={"width": dist.LogNormal(0.0, 1.0)})
     if several:
-        own = likelihoods.Outputs({0: own, 1: likelihoods.Normal()})
+        own = likelihoods.Outputs({0: own, 1: own})
     tasks = Tasks.from_arrays(list(rng.normal(size=(3, 4, 2))), list(rng.normal(size=(3, 4, 2) if several else (3, 4))))
     density = TaskDensity(
         HierarchicalModel(Gaussian(2), lambda phi, x: phi * x if several else (phi * x).sum(-1), own), tasks

@@ -26,6 +26,9 @@ POLYNOMIALS: dict[str, Function] = {
     "solve": lambda z, d: torch.linalg.solve_triangular(LOWER, z.mT, upper=False).square().sum(0),
     "masked": lambda z, d: torch.where(d > 0, z, 0.0).sum(-1) + torch.zeros_like(z).exp().sum(-1),
     "cube": lambda z, d: z.pow(3.0).sum(-1),
+    "centred": lambda z, d: ((z - z.mean(-1, keepdim=True)) * d).sum(-1),
+    "padded": lambda z, d: torch.nn.functional.pad(z, (0, 1)).roll(1, -1)[:, 1],
+    "matrix": lambda z, d: torch.diag_embed(z).diagonal(dim1=-2, dim2=-1).repeat(2, 1).sum(-1),
     "chosen": lambda z, d: torch.stack([z, z + d], 1)[:, torch.tensor([1, 0])].cumsum(-1).flip(-1)[:, 0, 0],
 }
 OTHERS: dict[str, Function] = {
@@ -39,6 +42,7 @@ OTHERS: dict[str, Function] = {
     "solved": lambda z, d: torch.linalg.solve_triangular(
         torch.diag_embed(z[0] + 9), d.unsqueeze(-1), upper=False
     ).sum(),
+    "rounded": lambda z, d: z[:, 0] + 60.0 * ((z[:, 0] - 8.5) / 0.6).int().bool(),
     "read": lambda z, d: d[z[:, 0].long().clamp(0, 1)] + z[:, 0],
 }
 

@@ -218,6 +218,39 @@ def test_a_mode_that_particles_come_upon_late_is_said() -> None:
     assert any(not flag for flag, some in zip(flags, share, strict=True) if some > 0.9)
 
 
+def flat_tops(batch: Batch) -> None:
+    """Posteriors that are flat where they are highest: Laplace's evidence is 2.6 nats too much."""
+    with batch.tasks():
+        phi = pyro.sample("phi", dist.Normal(0.0, 3.0))
+        with batch.observations():
+            pyro.sample("y", dist.Normal(phi.square(), 0.5), obs=batch.y)
+
+
+def scaled_prior(batch: Batch) -> None:
+    """A prior that counts for a tenth."""
+    with batch.tasks():
+        with pyro.poutine.scale(scale=0.1):
+            phi = pyro.sample("phi", dist.Normal(0.0, 10.0))
+        with batch.observations():
+            pyro.sample("y", dist.Normal(phi, 2.0), obs=batch.y)
+
+
+@pytest.mark.parametrize("model", [flat_tops, scaled_prior])
+def test_right_particles_are_not_doubted(model: Any) -> None:
+    rows = {"a": [0.1, -0.2, 0.05, 0.3, -0.1], "b": [0.0, 0.1, -0.3, 0.2, 0.05]}
+    tasks, draws = one_tasks(rows), 1000
+    read, theta = TaskDensity(model, tasks), torch.zeros(draws, 0, dtype=torch.float64)
+    parts = move_new(read, guides(), theta, tasks, torch.zeros(draws, 2, dtype=torch.float64))
+    grid = np.linspace(-12, 12, 24_001)
+    for (drawn, column), y in zip(placed(parts, 2), rows.values(), strict=True):
+        assert drawn.flag[column] == ""
+        loc, noise, unit, power = (grid**2, 0.5, 3.0, 1.0) if model is flat_tops else (grid, 2.0, 10.0, 0.1)
+        log_p = -0.5 * power * (grid / unit) ** 2 + norm.logpdf(np.array(y)[:, None], loc, noise).sum(0)
+        weight = np.exp(log_p - log_p.max())
+        sd = math.sqrt((weight * grid**2).sum() / weight.sum() - ((weight * grid).sum() / weight.sum()) ** 2)
+        assert float(unit * drawn.noise[:, column].std()) == pytest.approx(sd, rel=0.15)
+
+
 def test_theta_is_weighed_where_the_prior_is_whitened_by_its_moments() -> None:
     """The shape of a gamma prior after one more task; its evidence is a negative binomial's."""
     rows = {"n": [9.0, 14.0, 11.0]}

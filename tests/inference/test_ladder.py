@@ -269,6 +269,18 @@ def test_where_nothing_is_shared_chains_weigh_the_modes_of_known_tasks_too() -> 
             assert 0.2 < (phi > 0).mean() < 0.95
 
 
+def test_at_a_point_estimate_known_tasks_are_tempered_too() -> None:
+    """One θ and two modes: their weights are known, while chains could not tell them."""
+    theta = torch.full((1000, 1), 0.2, dtype=torch.float64)
+    parts = climb(density("squares"), guides(), theta, make_tasks(SQUARES), known=True, refine="nuts")
+    place = int(np.abs(np.linspace(-7, 7, 561) - 0.2).argmin())
+    for (drawn, column), y in zip(placed(parts, 3), SQUARES.values(), strict=True):
+        mean, variance = conditional("squares", y)
+        assert drawn.flag[column] == "" and drawn.joint
+        right = (mean[place], variance[place] ** 0.5)
+        assert agrees(moments("squares", drawn, column), right, 1000 * drawn.ess[column] / 4)
+
+
 def test_a_plug_in_theta_and_a_single_draw() -> None:
     """All draws of θ equal: the posterior at that θ; one draw: an answer, judged or flagged, without a crash."""
     theta = torch.full((1000, 1), 0.4, dtype=torch.float64)
