@@ -25,6 +25,7 @@ from bayesmeta.hierarchy.latents import Fixed, Flat, Given, Sampled, Structure, 
 from bayesmeta.hierarchy.model import HierarchicalModel
 from bayesmeta.hierarchy.probing import attempt, first_rows, probe
 from bayesmeta.hierarchy.recording import Captured, Recorded, model_context, seeded
+from bayesmeta.hierarchy.rewriting import looked_up
 from bayesmeta.hierarchy.tracing import Latents, Learned, Model, Site, Trace, trace_model
 
 Pick = Callable[[Trace, Any], Any]
@@ -110,7 +111,7 @@ class TaskDensity:
     @functools.cached_property
     def index_columns(self) -> dict[str, int]:
         """Columns that the model takes as places in a vector, "column:name" or "task_column:name", and its length."""
-        used = self.log_task.choices(*self._tried(self._with_and_without[0]))[2]
+        used = self.log_task.inputs(looked_up, *self._tried(self._with_and_without[0]), eagerly=0)[2]
         return {key: count for key, count in used.items() if count}
 
     def _tried(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:

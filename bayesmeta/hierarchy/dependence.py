@@ -29,7 +29,7 @@ def reads_rows(values: Recorded, full: Arguments, empty: Arguments) -> bool:
         full: A task with rows.
         empty: The same task without.
     """
-    read = values.reads(*full)[2]
+    read = values.inputs(lambda node: bool(node.users), *full, eagerly=True)[2]
     if any(read[key] for key in read if key != "task_weight" and not key.startswith("task_column:")):
         return True
     try:

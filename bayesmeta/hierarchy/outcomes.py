@@ -54,6 +54,16 @@ class _Several(Likelihood, abc.ABC):
         return values  # type: ignore[no-any-return]
 
 
+def _refuse_common_names(owner: str, parts: Mapping[str, Likelihood]) -> None:
+    names = [f"{name}_{site}" for site, part in parts.items() for name in part.shared]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"{owner}: expected parameters whose names differ with that of their site behind them, got {twice} twice; "
+            "rename them in priors="
+        )
+
+
 def _parts(owner: str, given: Mapping[Any, Any], site_of: Callable[[Any], str]) -> dict[str, Likelihood]:
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"{owner}: expected likelihoods by name, {{name: likelihood}}, got {given!r}")
@@ -61,13 +71,7 @@ def _parts(owner: str, given: Mapping[Any, Any], site_of: Callable[[Any], str]) 
     nested = [site for site, part in found.items() if isinstance(part, _Several)]
     if len(found) < len(given) or nested:
         raise ValueError(f"{owner}: expected one plain likelihood for each of {list(given)}, got {given!r}")
-    names = [f"{name}_{site}" for site, part in found.items() for name in part.shared]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"{owner}: expected parameters whose names differ with that of their site behind them, got {twice} twice; "
-            "rename them in priors="
-        )
+    _refuse_common_names(owner, found)
     return found
 
 

@@ -79,9 +79,12 @@ def is_affine(node: fx.Node, moving: set[fx.Node]) -> bool:
     if name == "where":
         return node.args[0] not in moving
     if name == "_to_copy":
-        value = example(node)
-        return value is not None and value.is_floating_point()
+        return _floating(example(node))
     return name in _LINEAR or (name in BILINEAR and sum(occurrences(node, moving)) == 1)
+
+
+def _floating(value: torch.Tensor | None) -> bool:
+    return value is not None and value.is_floating_point()
 
 
 def _arguments(node: fx.Node) -> list[fx.Node]:

@@ -24,9 +24,7 @@ from torch.utils import _pytree as pytree
 
 from bayesmeta.hierarchy.derivatives import Prepared, curvature, record, traced, value_and_gradient
 from bayesmeta.hierarchy.factoring import factor_anything, unchecked
-from bayesmeta.hierarchy.polynomials import is_polynomial
 from bayesmeta.hierarchy.random_graphs import check_noise, independent_fills
-from bayesmeta.hierarchy.rewriting import looked_up
 from bayesmeta.hierarchy.simplify import simplify
 
 logger = logging.getLogger("bayesmeta")
@@ -215,19 +213,8 @@ class Recorded:
             self._graphs[key] = self._record(key, *pytree.tree_flatten(args))
         return self._graphs[key]
 
-    def reads(self, *args: Any) -> Any:
-        """Which leaves of `args` the function looks at, a pytree of bools; all of them where it runs eagerly."""
-        return self._of_inputs(args, lambda node: bool(node.users), eagerly=True)
-
-    def choices(self, *args: Any) -> Any:
-        """Among how many things each leaf of `args` chooses, a pytree; 0 for what is no index, or in no graph."""
-        return self._of_inputs(args, looked_up, eagerly=0)
-
-    def polynomials(self, *args: Any) -> Any:
-        """Of which leaves of `args` the function is surely a polynomial, a pytree of bools; of none if run eagerly."""
-        return self._of_inputs(args, is_polynomial, eagerly=False)
-
-    def _of_inputs(self, args: Sequence[Any], judge: Callable[[torch.fx.Node], int], *, eagerly: int) -> Any:
+    def inputs(self, judge: Callable[[torch.fx.Node], int], *args: Any, eagerly: int) -> Any:
+        """What a function says of the node of each leaf of `args`, a pytree; `eagerly` where there is no graph."""
         graph = self.graph(*args)
         _, spec = pytree.tree_flatten(args)
         found = [eagerly] * spec.num_leaves

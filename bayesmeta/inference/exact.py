@@ -19,6 +19,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.hierarchy.polynomials import is_polynomial
 from bayesmeta.inference.chunks import task_chunks
 from bayesmeta.inference.gaussian import GaussianTasks, Lower, cholesky, solve_lower, solve_upper
 from bayesmeta.inference.protocols import Context, TaskGuide
@@ -140,7 +141,8 @@ def _pass(density: TaskDensity, batch: Batch, theta: Tensor, suspected: Sequence
     data = density.tensors(batch)
     shape = (len(theta), len(batch.names), density.structure.task_size)
     values = dict(density.learned.values)
-    surely = density.log_task.polynomials(theta[0], theta.new_zeros(shape[1:]), data, values)[1]
+    args = (theta[0], theta.new_zeros(shape[1:]), data, values)
+    surely = density.log_task.inputs(is_polynomial, *args, eagerly=False)[1]
     curvature = functools.partial(_curvature, density, theta, data)
     with torch.no_grad():
         quadratic = curvature(theta.new_zeros(shape))
