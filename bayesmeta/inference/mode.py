@@ -48,6 +48,7 @@ class Mode:
         self._origin, self._scale = density.prior_scale()
         self.values = {name: value.clone() for name, value in evidence.values.items()}
         self.theta = self._origin.clone()
+        self._last = self._scale.diag()
 
     def find(self, *, starts: int = 1) -> None:
         """Climbs to the mode; after a first climb in prior units again in units of the curvature.
@@ -134,9 +135,11 @@ class Mode:
                 return torch.full_like(half, math.nan)
             roots, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
             half = half @ (vectors / roots.abs().clamp(min=WIDEST**-2).sqrt())
+        self._last = half
         return half
 
     def shared(self) -> NormalShared:
-        """The normal with the mode and the curvature there."""
+        """The normal with the mode and the curvature there, or the curvature found last where the density has holes."""
         half = self._half()
+        half = half if bool(torch.isfinite(half).all()) else self._last
         return normal_at(self.theta, half @ half.mT)
