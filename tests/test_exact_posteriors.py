@@ -10,6 +10,9 @@ from benchmarks.exact_posteriors import POSTERIORS, Agreement, agreement, agreem
 
 METHODS = {"marginal": bm.Marginal(chains=2), "nuts": bm.NUTS(chains=2)}
 
+FITS = 3
+"""Parameters hang together: the rms of their z has an sd of .14 in one fit (12 seeds of radon with slopes, NUTS)."""
+
 
 def disagreements(found: dict[str, Agreement]) -> list[str]:
     """Parameters whose mean or sd is off by more than Monte Carlo errors explain."""
@@ -21,15 +24,17 @@ def disagreements(found: dict[str, Agreement]) -> list[str]:
 def test_every_mean_and_sd_is_exact_but_for_monte_carlo_errors(name: str, method: str) -> None:
     spec = POSTERIORS[name]
     tasks = spec.tasks()
-    fit = bm.fit(spec.model, tasks, method=METHODS[method], progress=False)
-    post = fit.posterior(tasks, draws=2000, seed=1)
-    found = agreements(name, post, chains=2)
-    assert disagreements(found) == []
-    scores = np.array([one.z for one in found.values()])
-    if len(scores) >= 80:
-        # Parameters hang together, and 2,000 draws differ from processor to processor: 1.29 has been seen, benchmarks
-        # with 40,000 give 1.0 to 1.2.
-        assert 0.7 < np.sqrt((scores**2).mean()) < 1.4
+    squares = []
+    for seed in range(FITS):
+        fit = bm.fit(spec.model, tasks, method=METHODS[method], seed=seed, progress=False)
+        post = fit.posterior(tasks, draws=2000, seed=1)
+        found = agreements(name, post, chains=2)
+        assert disagreements(found) == []
+        squares.append(np.mean([one.z**2 for one in found.values()]))
+        if len(found) < 80:
+            break
+    else:
+        assert 0.8 < np.sqrt(np.mean(squares)) < 1.2
     assert fit.shared.status == "sampled" and post.joint
     assert set(post.method) == {"exact" if method == "marginal" else "nuts"} and (post.flag == "").all()
 
