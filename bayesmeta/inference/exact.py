@@ -148,7 +148,9 @@ def _pass(density: TaskDensity, batch: Batch, theta: Tensor, suspected: Sequence
         quadratic = curvature(theta.new_zeros(shape))
         precise = torch.linalg.cholesky_ex(-quadratic[2]).info == 0
         passed = precise.all(0) & _finite(quadratic).all(0)
-        passed &= surely or _informed(quadratic[2]) | _still(density, theta, data)
+        unseen = passed & ~_informed(quadratic[2])
+        if not surely and bool(unseen.any()):
+            passed &= ~unseen | _still(density, theta, data)
         for noise in itertools.chain(_points(shape, theta.dtype, SCATTERED if surely else SCATTERED_WIDELY), suspected):
             if not bool(passed.any()):
                 break
