@@ -56,7 +56,8 @@ def task_chunks(
         exact_size: They may not be padded.
         limit: The most tasks in a chunk, a power of two.
         rounded: Numbers of tasks and of rows are powers of two: other tasks next time need few other graphs.
-        draws: At how many points each task is evaluated in all; where few, tasks of all sizes are padded together.
+        draws: At how many points each task is evaluated in all; where few, tasks of different sizes are padded
+            together rather than that another graph is recorded.
     """
     sizes = np.asarray(tasks.sizes)
     rows = _padded(sizes, exact_size=exact_size, draws=draws)
@@ -78,10 +79,12 @@ def _padded(sizes: np.ndarray, *, exact_size: bool, draws: int | None) -> np.nda
     """The number of rows of the group that each task is in `(T,)`."""
     if exact_size:
         return np.maximum(sizes, 1)
-    if draws is not None and draws * len(sizes) * int(sizes.max()) <= GRAPH_ELEMENTS:
-        return np.full(len(sizes), sizes.max())
     distinct, which = np.unique(sizes, return_inverse=True)
-    return np.array([padded_rows(int(n)) for n in distinct])[which]
+    rows = np.array([padded_rows(int(n)) for n in distinct])[which]
+    if draws is not None:
+        for together in like_sizes(rows, draws=draws, each=GRAPH_ELEMENTS):
+            rows[together] = rows[together].max()
+    return rows
 
 
 def theta_chunks(theta: Tensor, batch: Batch, *, exact_size: bool = False) -> Iterator[tuple[slice, Tensor]]:
@@ -118,8 +121,8 @@ def different(theta: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([some, some[-1:].expand(missing, -1)]), place
 
 
-def like_sizes(sizes: np.ndarray, *, draws: int) -> list[np.ndarray]:
-    """Cuts tasks `(T,)` into groups of like size so that padding and the number of groups cost least together."""
+def like_sizes(sizes: np.ndarray, *, draws: int, each: int = PIECE_ELEMENTS) -> list[np.ndarray]:
+    """Cuts tasks `(T,)` into groups of like size so that padding and the groups, `each` one, cost least together."""
     sizes = np.asarray(sizes)
     order = np.argsort(sizes, kind="stable")
     distinct, first = np.unique(sizes[order], return_index=True)
@@ -128,7 +131,7 @@ def like_sizes(sizes: np.ndarray, *, draws: int) -> list[np.ndarray]:
     cost = np.zeros(len(ends))
     start = np.zeros(len(ends), dtype=int)
     for end in range(1, len(ends)):
-        choices = cost[:end] + PIECE_ELEMENTS + draws * widest[end - 1] * (ends[end] - ends[:end])
+        choices = cost[:end] + each + draws * widest[end - 1] * (ends[end] - ends[:end])
         start[end] = int(choices.argmin())
         cost[end] = choices[start[end]]
     groups, end = [], len(distinct)
