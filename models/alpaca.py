@@ -5,7 +5,7 @@
 Inference of φ: in closed form, `method == "exact"`: Λ = S⁻¹ + Hᵀ H / σ², mean Λ⁻¹ (S⁻¹ μ + Hᵀ y / σ²).
 Objective: the evidence of whole tasks, log p(y) = Σ_j log p(y_j | y_1 … y_j−1): each row given contexts of every size.
 `bm.Marginal(shared="map")` climbs it with all tasks at once, `bm.Amortized(shared="map", guide=bm.guides.Exact())` with
-a batch of tasks a step, for very many.
+a batch of tasks a step, for very many, and for few: it stops on held-out tasks where weights outnumber labels.
 
 Deviations: the paper scores held-out rows given contexts of random sizes, each row alone; its σ is fixed and S in units
 of σ², here both are learned; S is diagonal unless cov="full". Other likelihoods than normal ones are welcome, and then

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from bayesmeta.inference.predictive import DEFAULT_CONTEXT, EPISODIC
 from bayesmeta.inference.protocols import Context, SharedPosterior, TaskGuide
 from bayesmeta.inference.shared import LowRankShared, NormalShared, PointShared
 from bayesmeta.inference.staged import StagedGuide
+from bayesmeta.inference.stopping import HeldOut, hold_out
 from bayesmeta.inference.threads import threads_for
 from bayesmeta.inference.training import History, Optimizer, train
 
@@ -64,6 +65,9 @@ FAMILIES = ("normal", "flow")
 @dataclass(frozen=True)
 class Amortized:
     """Options of `method="amortized"`.
+
+    Where more numbers are fitted as points (weights of modules, θ with "map" or "svgd") than there are labels, a tenth
+    of at least 20 tasks is held out: training ends at its best state on them, by the same objective.
 
     Args:
         shared: Posterior of θ: "normal" (full covariance), "lowrank", "map" (a point) or "svgd" (particles, for several
@@ -146,16 +150,19 @@ def fit_amortized(
     """
     guides = build_guides(density, tasks, options, shared)
     behind = History() if checkpoint is None else checkpoint.restore(guides)
-    batches = _contexts(density, tasks, guides, options.optimizer.batch_tasks)
     objective = _objective(options, tasks)
     share = _evidence_share(options, tasks)
     draws = _draws(density, options, len(tasks))
-    pieces = _pieces(density, tasks, options.optimizer.batch_tasks, draws)
+    seen, held_out = hold_out(density, guides, tasks, objective, limit=options.optimizer.batch_tasks)
+    batches = _contexts(density, seen, guides, options.optimizer.batch_tasks)
+    pieces = _pieces(density, seen, options.optimizer.batch_tasks, draws)
 
     def loss() -> Tensor:
         guides.task.follow(*guides.shared.centre())
+        if held_out is not None:
+            held_out.step()
         context = next(batches)
-        value, info = objective(density, guides, Step(context, len(tasks), draws, pieces))
+        value, info = objective(density, guides, Step(context, len(seen), draws, pieces))
         if not torch.isfinite(value):
             raise ValueError(_not_finite(density, context, info))
         return value
@@ -166,11 +173,13 @@ def fit_amortized(
             _groups(guides, options.optimizer.lr or NETWORK_LR),
             optimizer=options.optimizer,
             between=guides.shared.recentre,
-            judge=_Judge(density, guides, tasks, behind, share),
+            judge=_Judge(density, guides, tasks, behind, share, held_out),
             progress=progress,
             history=behind,
             finished=None if checkpoint is None else functools.partial(checkpoint.store, guides),
         )
+    if held_out is not None:
+        held_out.restore()
     _settle(density, guides)
     with torch.no_grad():
         return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS, share=share), history
@@ -293,19 +302,34 @@ class _Draw:
 class _Judge:
     """Decides after a stage whether q is good enough: by the ESS of θ where it can be corrected, else by the bound."""
 
-    def __init__(self, density: TaskDensity, guides: Guides, tasks: Tasks, behind: History, share: float) -> None:
-        self._args, self._share = (density, guides, tasks), share
-        self._bound = behind.stages[-1]["bound"] if behind.stages else -math.inf
+    def __init__(
+        self,
+        density: TaskDensity,
+        guides: Guides,
+        tasks: Tasks,
+        behind: History,
+        share: float,
+        held_out: HeldOut | None,
+    ) -> None:
+        self._args, self._share, self._held_out = (density, guides, tasks), share, held_out
+        self._bound = _reached(behind.stages[-1]) if behind.stages else -math.inf
 
     def __call__(self, bound: float) -> dict[str, Any]:
         guides = self._args[1]
         guides.task.follow(*guides.shared.centre())
         with torch.no_grad():
             drawn = correct_shared(*self._args, draws=CHECK_DRAWS, budget=CHECK_BUDGET, share=self._share, rounds=0)
-        settled = bound - self._bound < SETTLED
-        self._bound = bound
+        score = math.nan if self._held_out is None else self._held_out.check()
+        record = {"ess": drawn.ess, "khat": drawn.khat, "bound": bound, "held_out": score}
+        settled = _reached(record) - self._bound < SETTLED
+        self._bound = _reached(record)
         good = drawn.status == "corrected" and drawn.ess >= GOOD_SHARE * reachable_ess(drawn.theta.shape[1])
-        return {"ess": drawn.ess, "khat": drawn.khat, "bound": bound, "done": good or settled}
+        return record | {"done": good or settled}
+
+
+def _reached(stage: Mapping[str, Any]) -> float:
+    """The bound of held-out tasks after a stage, where there are some, else that of training."""
+    return float(stage["bound"] if math.isnan(stage.get("held_out", math.nan)) else stage["held_out"])
 
 
 def _not_finite(density: TaskDensity, context: Context, info: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +19,11 @@ from bayesmeta.data.episodes import Episode, Source
 from bayesmeta.hierarchy.model import ConditionalModel
 from bayesmeta.hierarchy.recording import Captured, model_context
 from bayesmeta.hierarchy.tracing import cast_observed
+from bayesmeta.inference.stopping import CHECK_EVERY, FEWEST_TO_HOLD_OUT, HELD_OUT, BestState
 from bayesmeta.inference.training import History, Optimizer, train
 
 LEARNING_RATE = 2e-3
-HELD_OUT = 0.1
-FEWEST_TO_HOLD_OUT = 20
-"""Training stops on held-out tasks where there are at least so many tasks."""
 HELD_OUT_EPISODES = 8
-CHECK_EVERY = 100
 SETTLED = 0.01
 """Training stops when a stage has raised the score by less than this, in nats a row."""
 
@@ -107,8 +105,9 @@ class _Training:
         self._generator = torch.Generator().manual_seed(seed)
         self._source, held_out = source.hold_out(HELD_OUT, fewest=FEWEST_TO_HOLD_OUT, seed=seed)
         self._held_out = [] if held_out is None else [self._episode(held_out) for _ in range(HELD_OUT_EPISODES)]
-        self._best, self._before, self._steps = -math.inf, -math.inf, 0
-        self._state: dict[str, Tensor] = {}
+        self._before, self._steps = -math.inf, 0
+        module: Any = learner.module
+        self._best = BestState(lambda: module.state_dict().values())
 
     def run(self, progress: bool) -> History:
         """Trains, and leaves the module in its best state and in evaluation mode."""
@@ -124,10 +123,20 @@ class _Training:
                 judge=self._judge,
                 progress=progress,
             )
+            self._warn_untrained()
         if isinstance(self._learner.module, nn.Module):
-            self._learner.module.load_state_dict(self._state or self._learner.module.state_dict())
+            self._best.restore()
             self._learner.module.requires_grad_(False).eval()
         return history
+
+    def _warn_untrained(self) -> None:
+        """Says so where no state has scored better on the held-out tasks than the first one, which is kept."""
+        if self._held_out and self._best.at == 0 and self._steps >= CHECK_EVERY:
+            warnings.warn(
+                f"{self._steps} steps of training have not raised the score of held-out tasks, {self._best.score:.3g} "
+                "nats a row: the module is as it was before. Give it more tasks, a lower lr, or another objective",
+                stacklevel=2,
+            )
 
     def _episode(self, source: Source) -> Episode:
         count = self._optimizer.batch_tasks
@@ -169,10 +178,7 @@ class _Training:
         with torch.no_grad():
             scores = [-float(self._objective(self._learner, episode)[0]) for episode in self._held_out]
         score = sum(scores) / len(scores)
-        if score > self._best:
-            self._best = score
-            module: Any = self._learner.module
-            self._state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        self._best.offer(score, self._steps)
         return score
 
     def _judge(self, bound: float) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch.distributions import Distribution, Normal
 import bayesmeta as bm
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.episodes import Episode, full_batch
-from bayesmeta.inference.conditional import FEWEST_TO_HOLD_OUT, HELD_OUT_EPISODES, predictive
+from bayesmeta.inference.conditional import HELD_OUT_EPISODES, predictive
+from bayesmeta.inference.stopping import FEWEST_TO_HOLD_OUT
 
 
 class Constant(nn.Module):
@@ -78,6 +79,19 @@ def test_the_best_state_on_held_out_tasks_is_kept() -> None:
     fit = bm.fit(model, table(), method=method(400, 0.02), progress=False)
     assert fit.history.stages[-1]["bound"] > 3.0
     assert 0.5 < float(fit.modules["module"].loc) < 2.0
+
+
+def test_training_that_helps_no_held_out_task_is_said() -> None:
+    def objective(model: bm.ConditionalModel, drawn: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        """Drives loc up, while held-out tasks are best at 0, where it begins."""
+        loc = model.module.loc
+        return (-loc if model.module.training else loc**2), {}
+
+    model = bm.ConditionalModel(Constant(), objective=objective)
+    with pytest.warns(UserWarning, match="100 steps of training have not raised the score of held-out tasks"):
+        fit = bm.fit(model, table(), method=method(100, 0.02), progress=False)
+    assert float(fit.modules["module"].loc) == 0.0
+    bm.fit(model, table(FEWEST_TO_HOLD_OUT - 1), method=method(100, 0.02), progress=False)  # none held out, no warning
 
 
 def episode(tasks: bm.Tasks) -> Episode:
