@@ -101,7 +101,13 @@ def fit(
         source = TaskSource(tasks) if isinstance(tasks, Tasks) else tasks
         with seeded(seed):
             learner, history = fit_conditional(
-                model, source, optimizer=options.optimizer, seed=seed, dtype=dtype, progress=progress
+                model,
+                source,
+                optimizer=options.optimizer,
+                held_out=options.held_out,
+                seed=seed,
+                dtype=dtype,
+                progress=progress,
             )
         return ConditionalFit(learner, tasks.schema, history, seed=seed, dtype=dtype)
     if hasattr(model, "check"):
@@ -321,11 +327,13 @@ def _options(method: str | Method) -> Any:
 
 
 def _check_conditional(options: Method, checkpoint: Any) -> None:
-    plain = isinstance(options, Amortized) and replace(options, optimizer=Optimizer()) == Amortized()
+    plain = isinstance(options, Amortized) and replace(options, optimizer=Optimizer(), held_out=0.1) == Amortized(
+        held_out=0.1
+    )
     if not plain or checkpoint is not None:
         raise ValueError(
-            "a ConditionalModel has no task parameters to infer: expected method=bm.Amortized(optimizer=…) without "
-            "further options and no checkpoint; its objective and context sizes are those of bm.ConditionalModel"
+            "a ConditionalModel has no task parameters to infer: expected method=bm.Amortized(optimizer=…, held_out=…) "
+            "without more options and no checkpoint; its objective and context sizes are those of bm.ConditionalModel"
         )
 
 

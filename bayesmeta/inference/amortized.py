@@ -50,6 +50,9 @@ SEVERAL_DRAWS = ("iw", "predictive")
 LEAST_POSTERIORS = 512
 """Draws of task posteriors a step, where there is no θ to draw and the tasks are many enough."""
 
+HELD_OUT, MOST_HELD_OUT = 0.1, 0.5
+"""Share of the tasks that is held out to stop by: the default, and the most."""
+
 SHARED: dict[str, Callable[[Tensor, Tensor], SharedPosterior]] = {
     "normal": NormalShared,
     "lowrank": LowRankShared,
@@ -67,7 +70,8 @@ class Amortized:
     """Options of `method="amortized"`.
 
     Where more numbers are fitted as points (weights of modules, θ with "map" or "svgd") than there are labels, a tenth
-    of at least 20 tasks is held out: training ends at its best state on them, by the same objective.
+    of at least 20 tasks, 64 at most, is held out: each stage of training ends at its best state on them, by the same
+    objective every 100 steps, and `history.stages` has its score as "held_out". θ is corrected with all tasks.
 
     Args:
         shared: Posterior of θ: "normal" (full covariance), "lowrank", "map" (a point) or "svgd" (particles, for several
@@ -84,6 +88,8 @@ class Amortized:
         embed: Module `(R, *dx) -> (R, k)` that turns images and the like into row inputs.
         family: "normal", or "flow" (extra `flows`) for posteriors that a Gaussian cannot follow.
         optimizer: Steps, batch size and learning rate.
+        held_out: Share of the tasks with labels that is held out to stop by where networks would overfit; 0 trains on
+            all tasks, as is done where weights belong to single tasks.
     """
 
     shared: str = "normal"
@@ -94,9 +100,12 @@ class Amortized:
     embed: nn.Module | None = None
     family: str = "normal"
     optimizer: Optimizer = field(default_factory=Optimizer)
+    held_out: float = HELD_OUT
 
     def __post_init__(self) -> None:
         self._check_names()
+        if isinstance(self.held_out, bool) or not 0 <= self.held_out <= MOST_HELD_OUT:
+            raise ValueError(f"Amortized: held_out must be a share from 0 to {MOST_HELD_OUT}, got {self.held_out!r}")
         if self.context is not None and self.objective not in EPISODIC:
             names = " or ".join(repr(name) for name in EPISODIC)
             raise ValueError(f"Amortized: context= belongs to objective={names}; give both or leave it out")
@@ -153,9 +162,22 @@ def fit_amortized(
     objective = _objective(options, tasks)
     share = _evidence_share(options, tasks)
     draws = _draws(density, options, len(tasks))
-    seen, held_out = hold_out(density, guides, tasks, objective, limit=options.optimizer.batch_tasks)
+    seen, held_out = hold_out(
+        density,
+        guides,
+        tasks,
+        objective,
+        share=options.held_out,
+        draws=draws,
+        limit=options.optimizer.batch_tasks,
+    )
     batches = _contexts(density, seen, guides, options.optimizer.batch_tasks)
     pieces = _pieces(density, seen, options.optimizer.batch_tasks, draws)
+
+    def between() -> None:
+        guides.shared.recentre()
+        if held_out is not None:
+            held_out.begin()
 
     def loss() -> Tensor:
         guides.task.follow(*guides.shared.centre())
@@ -172,14 +194,12 @@ def fit_amortized(
             loss,
             _groups(guides, options.optimizer.lr or NETWORK_LR),
             optimizer=options.optimizer,
-            between=guides.shared.recentre,
+            between=between,
             judge=_Judge(density, guides, tasks, behind, share, held_out),
             progress=progress,
             history=behind,
             finished=None if checkpoint is None else functools.partial(checkpoint.store, guides),
         )
-    if held_out is not None:
-        held_out.restore()
     _settle(density, guides)
     with torch.no_grad():
         return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS, share=share), history
@@ -317,9 +337,12 @@ class _Judge:
     def __call__(self, bound: float) -> dict[str, Any]:
         guides = self._args[1]
         guides.task.follow(*guides.shared.centre())
+        score = math.nan
+        if self._held_out is not None:
+            score = self._held_out.finish(first=self._bound == -math.inf)
+            guides.task.follow(*guides.shared.centre())
         with torch.no_grad():
             drawn = correct_shared(*self._args, draws=CHECK_DRAWS, budget=CHECK_BUDGET, share=self._share, rounds=0)
-        score = math.nan if self._held_out is None else self._held_out.check()
         record = {"ess": drawn.ess, "khat": drawn.khat, "bound": bound, "held_out": score}
         settled = _reached(record) - self._bound < SETTLED
         self._bound = _reached(record)

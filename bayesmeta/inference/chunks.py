@@ -60,7 +60,7 @@ def task_chunks(
             together rather than that another graph is recorded.
     """
     sizes = np.asarray(tasks.sizes)
-    rows = _padded(sizes, exact_size=exact_size, draws=draws)
+    rows = _padded(sizes, exact_size=exact_size, rounded=rounded, draws=draws)
     for target in np.unique(rows):
         members = np.flatnonzero(rows == target)
         most = min(limit, _power_of_two(1 + COUPLED_ENTRIES // int(target) ** 2) // 2 or 1) if exact_size else limit
@@ -75,15 +75,19 @@ def task_chunks(
             yield Chunk(index, tasks.batch(filled, rows=widest))
 
 
-def _padded(sizes: np.ndarray, *, exact_size: bool, draws: int | None) -> np.ndarray:
+def _padded(sizes: np.ndarray, *, exact_size: bool, rounded: bool, draws: int | None) -> np.ndarray:
     """The number of rows of the group that each task is in `(T,)`."""
     if exact_size:
         return np.maximum(sizes, 1)
     distinct, which = np.unique(sizes, return_inverse=True)
     rows = np.array([padded_rows(int(n)) for n in distinct])[which]
-    if draws is not None:
-        for together in like_sizes(rows, draws=draws, each=GRAPH_ELEMENTS):
-            rows[together] = rows[together].max()
+    if draws is None:
+        return rows
+    for target in np.unique(rows):
+        widest = max(1, int(sizes[rows == target].max()))
+        rows[rows == target] = _power_of_two(widest) if rounded else widest
+    for together in like_sizes(rows, draws=draws, each=GRAPH_ELEMENTS):
+        rows[together] = rows[together].max()
     return rows
 
 

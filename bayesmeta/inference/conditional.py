@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from bayesmeta.data.episodes import Episode, Source
 from bayesmeta.hierarchy.model import ConditionalModel
 from bayesmeta.hierarchy.recording import Captured, model_context
 from bayesmeta.hierarchy.tracing import cast_observed
-from bayesmeta.inference.stopping import CHECK_EVERY, FEWEST_TO_HOLD_OUT, HELD_OUT, BestState
+from bayesmeta.inference.stopping import CHECK_EVERY, FEWEST_TO_HOLD_OUT, BestState
 from bayesmeta.inference.training import History, Optimizer, train
 
 LEARNING_RATE = 2e-3
@@ -51,15 +50,22 @@ CONDITIONAL_OBJECTIVES: dict[str, ConditionalObjective] = {"predictive": predict
 
 
 def fit_conditional(
-    model: ConditionalModel, source: Source, *, optimizer: Optimizer, seed: int, dtype: torch.dtype, progress: bool
+    model: ConditionalModel,
+    source: Source,
+    *,
+    optimizer: Optimizer,
+    held_out: float,
+    seed: int,
+    dtype: torch.dtype,
+    progress: bool,
 ) -> tuple[ConditionalModel, History]:
     """Trains a copy of a conditional model's module.
 
     Args:
         model: The model; its module stays as it is.
-        source: What episodes are drawn from; a tenth of at least 20 tasks, or of a source's classes, is held out to
-            stop by.
+        source: What episodes are drawn from.
         optimizer: Steps, batch size and learning rate.
+        held_out: Share of at least 20 tasks, or of a source's classes, that is held out to stop by; 0: none.
         seed: Of the episodes.
         dtype: Floating dtype of a module without parameters; any other is called in its own.
         progress: Whether to show a bar.
@@ -70,7 +76,7 @@ def fit_conditional(
     objective = _objective(model)
     learner = ConditionalModel(copy.deepcopy(model.module), objective=model.objective, context=model.context)
     with model_context(module_dtype(learner, dtype)):
-        return learner, _Training(learner, objective, source, optimizer, seed).run(progress)
+        return learner, _Training(learner, objective, source, optimizer, held_out, seed).run(progress)
 
 
 def module_dtype(learner: ConditionalModel, otherwise: torch.dtype) -> torch.dtype:
@@ -99,15 +105,17 @@ class _Training:
         objective: ConditionalObjective,
         source: Source,
         optimizer: Optimizer,
+        share: float,
         seed: int,
     ) -> None:
         self._learner, self._objective, self._optimizer = learner, objective, optimizer
         self._generator = torch.Generator().manual_seed(seed)
-        self._source, held_out = source.hold_out(HELD_OUT, fewest=FEWEST_TO_HOLD_OUT, seed=seed)
+        self._source, held_out = source, None
+        if share > 0:
+            self._source, held_out = source.hold_out(share, fewest=FEWEST_TO_HOLD_OUT, seed=seed)
         self._held_out = [] if held_out is None else [self._episode(held_out) for _ in range(HELD_OUT_EPISODES)]
         self._before, self._steps = -math.inf, 0
-        module: Any = learner.module
-        self._best = BestState(lambda: module.state_dict().values())
+        self._best = BestState([learner.module] if isinstance(learner.module, nn.Module) else [])
 
     def run(self, progress: bool) -> History:
         """Trains, and leaves the module in its best state and in evaluation mode."""
@@ -123,20 +131,11 @@ class _Training:
                 judge=self._judge,
                 progress=progress,
             )
-            self._warn_untrained()
+            self._best.warn_untrained(self._steps)
         if isinstance(self._learner.module, nn.Module):
             self._best.restore()
             self._learner.module.requires_grad_(False).eval()
         return history
-
-    def _warn_untrained(self) -> None:
-        """Says so where no state has scored better on the held-out tasks than the first one, which is kept."""
-        if self._held_out and self._best.at == 0 and self._steps >= CHECK_EVERY:
-            warnings.warn(
-                f"{self._steps} steps of training have not raised the score of held-out tasks, {self._best.score:.3g} "
-                "nats a row: the module is as it was before. Give it more tasks, a lower lr, or another objective",
-                stacklevel=2,
-            )
 
     def _episode(self, source: Source) -> Episode:
         count = self._optimizer.batch_tasks

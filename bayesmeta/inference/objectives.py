@@ -40,7 +40,7 @@ class Step:
 
     Attributes:
         context: Some tasks, encoded.
-        tasks: How many there are in all.
+        tasks: How many there are in all; where held-out tasks are scored, so many that the prior of θ does not count.
         draws: How many θ to draw.
         pieces: The same tasks in pieces of like size, `(positions (T',), data)`: less padding for the density. Empty:
             all at once.

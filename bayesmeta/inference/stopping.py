@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import seeded
@@ -19,14 +24,16 @@ from bayesmeta.inference.objectives import Guides, Objective, Step
 from bayesmeta.inference.particles import ParticleShared
 from bayesmeta.inference.shared import PointShared
 
-HELD_OUT = 0.1
-"""Share of the tasks that is held out."""
+logger = logging.getLogger("bayesmeta")
+
 FEWEST_TO_HOLD_OUT = 20
 """Training stops on held-out tasks where there are at least so many tasks."""
+MOST_HELD_OUT = 64
+"""Tasks that a hierarchical fit holds out at most; further ones would cost time and tell little."""
 CHECK_EVERY = 100
 """Steps from one score to the next."""
-DRAWS = 32
-"""Draws of θ and φ by which held-out tasks are scored."""
+REPEATS = 4
+"""Evaluations of the objective in a score, each with random numbers of its own."""
 EVERY_TASK = 10**9
 """So many tasks that the prior of θ has no part in the bound of one."""
 
@@ -35,26 +42,41 @@ class BestState:
     """Remembers what is learned where a score is the best so far.
 
     Args:
-        tensors: What is learned, tensors to be changed in place; called when they are read or put back.
+        modules: Modules that are trained.
+        values: Tensors that are trained, to be changed in place.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        self._tensors = tensors
-        self._kept: list[Tensor] = []
-        self.score = -math.inf
-        self.at = 0
+    def __init__(self, modules: Sequence[nn.Module], values: Sequence[Tensor] = ()) -> None:
+        self._modules, self._values = modules, values
+        self._kept: tuple[list[dict[str, Any]], list[Tensor]] | None = None
+        self.score, self.at = -math.inf, 0
 
     def offer(self, score: float, at: int) -> None:
         """Keeps the present state if `score`, found after `at` steps, is the best."""
         if score > self.score:
             self.score, self.at = score, at
-            self._kept = [tensor.detach().clone() for tensor in self._tensors()]
+            states = [copy.deepcopy(module.state_dict()) for module in self._modules]
+            self._kept = states, [value.detach().clone() for value in self._values]
 
     def restore(self) -> None:
-        """Puts the best state back, if there was a score."""
+        """Puts the best state back, if a score was a number."""
+        if self._kept is None:
+            return
+        for module, state in zip(self._modules, self._kept[0], strict=True):
+            module.load_state_dict(state)
         with torch.no_grad():
-            for tensor, kept in zip(self._tensors() if self._kept else (), self._kept, strict=True):
-                tensor.copy_(kept)
+            for value, kept in zip(self._values, self._kept[1], strict=True):
+                value.copy_(kept)
+
+    def warn_untrained(self, steps: int) -> None:
+        """Says so where no later state was better than the first, which is kept."""
+        if self._kept is not None and self.at == 0 and steps >= CHECK_EVERY:
+            warnings.warn(
+                f"{steps} steps of training have not raised the score of held-out tasks, {self.score:.3g} nats: what "
+                "is trained stays as it was before. Give it more tasks, a lower lr or another objective, or train on "
+                "all tasks, bm.Amortized(held_out=0)",
+                stacklevel=3,
+            )
 
 
 class HeldOut:
@@ -63,69 +85,123 @@ class HeldOut:
     Args:
         density: The model.
         guides: What is learned.
-        tasks: The tasks.
+        batches: The tasks, in pieces.
         objective: What is minimised on the others.
+        draws: Of θ, as in training.
     """
 
-    def __init__(self, density: TaskDensity, guides: Guides, tasks: Tasks, objective: Objective) -> None:
-        sizes = np.asarray(tasks.sizes)
-        same = [np.flatnonzero(sizes == n) for n in np.unique(sizes)]
-        batches = [tasks.batch(index) for index in (same if density.structure.exact_size else [slice(None)])]
+    def __init__(
+        self, density: TaskDensity, guides: Guides, batches: Sequence[Batch], objective: Objective, *, draws: int
+    ) -> None:
+        self._density, self._guides, self._objective, self._draws = density, guides, objective, draws
         self._batches = [(batch, density.tensors(batch)) for batch in batches]
-        self._density, self._guides, self._objective = density, guides, objective
-        self._best, self._steps = BestState(self._learned), 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Called before every stage: the best state is that of the stage, which begins at the best one before."""
+        values = list(self._guides.values.values())
+        self._best, self._steps = BestState([self._guides.shared, self._guides.task], values), 0
 
     def step(self) -> None:
         """Called before every step of training."""
         if self._steps % CHECK_EVERY == 0:
-            self.check()
+            self._best.offer(self._score(), self._steps)
         self._steps += 1
 
-    def check(self) -> float:
-        """The score, in nats a task; the state is kept if it is the best."""
-        score = self._score()
-        self._best.offer(score, self._steps)
-        return score
-
-    def restore(self) -> None:
-        """Leaves the guides in their best state."""
+    def finish(self, *, first: bool) -> float:
+        """Called after a stage: leaves the guides in their best state, and returns its score in nats a task."""
+        self._best.offer(self._score(), self._steps)
         self._best.restore()
-
-    def _learned(self) -> Iterator[Tensor]:
-        for module in (self._guides.shared, self._guides.task):
-            yield from module.state_dict().values()
-        yield from self._guides.values.values()
+        if first:
+            self._best.warn_untrained(self._steps)
+        return self._best.score
 
     def _score(self) -> float:
         total, count = 0.0, sum(len(batch) for batch, _ in self._batches)
         with seeded(0, "held out"):
             for batch, data in self._batches:
-                step = Step(self._guides.task.prepare(batch, data), EVERY_TASK, DRAWS)
-                loss, _ = self._objective(self._density, self._guides, step)
-                total -= len(batch) * float(loss.detach())
+                step = Step(self._guides.task.prepare(batch, data), EVERY_TASK, self._draws)
+                for _ in range(REPEATS):
+                    loss, _ = self._objective(self._density, self._guides, step)
+                    total -= len(batch) * float(loss.detach()) / REPEATS
         return total / count
 
 
-def hold_out(
-    density: TaskDensity, guides: Guides, tasks: Tasks, objective: Objective, *, limit: int
-) -> tuple[Tasks, HeldOut | None]:
-    """Sets tasks aside where more numbers are fitted as points than there are labels, and 20 tasks at least.
+def _batches(density: TaskDensity, tasks: Tasks, limit: int) -> Iterator[Batch]:
+    """The tasks in pieces; of one size each where they may not be padded."""
+    sizes = np.asarray(tasks.sizes)
+    kinds = sizes if density.structure.exact_size else np.zeros_like(sizes)
+    for kind in np.unique(kinds):
+        index = np.flatnonzero(kinds == kind)
+        yield from (tasks.batch(index[start : start + limit]) for start in range(0, len(index), limit))
 
-    Fewer numbers, such as the coefficients of a regression, do not overfit and have use for every task.
+
+def hold_out(
+    density: TaskDensity,
+    guides: Guides,
+    tasks: Tasks,
+    objective: Objective,
+    *,
+    share: float,
+    draws: int,
+    limit: int,
+) -> tuple[Tasks, HeldOut | None]:
+    """Sets tasks aside where more numbers are fitted as points than there are labels, and 20 tasks have labels.
+
+    Fewer numbers, such as the coefficients of a regression, do not overfit and have use for every task. Where weights
+    belong to single tasks, nothing of a task that is held out could be predicted: none is.
 
     Args:
         density: The model.
         guides: What is learned.
         tasks: All tasks.
         objective: What is minimised.
-        limit: The most tasks to set aside.
+        share: Of the tasks with labels, how many to set aside; at most 64.
+        draws: Of θ a step.
+        limit: Tasks that are evaluated at once.
 
     Returns:
         The tasks to train on, and what scores the others; None where there are none.
     """
+    labels = _labels(tasks)
     points = sum(value.numel() for value in guides.values.values())
     points += density.structure.shared_size * isinstance(guides.shared, PointShared | ParticleShared)
-    if len(tasks) < FEWEST_TO_HOLD_OUT or points <= int(tasks.observed.sum()):
+    labelled = np.flatnonzero(labels)
+    if share == 0 or len(labelled) < FEWEST_TO_HOLD_OUT or points <= int(labels.sum()):
         return tasks, None
-    seen, others = tasks.split(new=min(limit, round(HELD_OUT * len(tasks))), seed=0)
-    return seen, HeldOut(density, guides, others, objective)
+    count = min(MOST_HELD_OUT, max(1, round(share * len(labelled))))
+    chosen = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))[:count].numpy()]
+    seen, others = tasks[np.delete(np.arange(len(tasks)), chosen)], tasks[np.sort(chosen)]
+    parts = [list(_batches(density, some, limit)) for some in (seen, others)]
+    if guides.values and _own_weights(density, guides, objective, draws, *parts) >= count:
+        logger.info("no tasks are held out: weights of single tasks are trained")
+        return tasks, None
+    return seen, HeldOut(density, guides, parts[1], objective, draws=draws)
+
+
+def _own_weights(
+    density: TaskDensity, guides: Guides, objective: Objective, draws: int, *parts: Sequence[Batch]
+) -> int:
+    """How many rows of trained weights only the tasks of the last part move: those of an embedding of tasks."""
+    values = list(guides.values.values())
+    guides.task.follow(*guides.shared.centre())
+    moved = []
+    with seeded(0, "own weights"):
+        for batches in parts:
+            total = [torch.zeros(value.shape[0] if value.dim() else 1, dtype=torch.bool) for value in values]
+            for batch in batches:
+                step = Step(guides.task.prepare(batch, density.tensors(batch)), EVERY_TASK, draws)
+                loss, _ = objective(density, guides, step)
+                slopes = torch.autograd.grad(loss, values, materialize_grads=True)
+                for rows, slope in zip(total, slopes, strict=True):
+                    rows |= (slope.reshape(len(rows), -1) != 0).any(1)
+            moved.append(total)
+    return sum(int((last & ~first).sum()) for first, last in zip(*moved, strict=True))
+
+
+def _labels(tasks: Tasks) -> np.ndarray:
+    """How many labels each task has that count: `(T,)`."""
+    counts = tasks.observed.reshape(len(tasks.observed), -1).sum(1)
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[tasks.offsets]
+    labels = ends.diff()
+    return (labels if tasks.task_weight is None else labels * (tasks.task_weight > 0)).numpy()
