@@ -161,37 +161,18 @@ def fit_amortized(
     behind = History() if checkpoint is None else checkpoint.restore(guides)
     objective = _objective(options, tasks)
     share = _evidence_share(options, tasks)
-    draws = _draws(density, options, len(tasks))
-    seen, held_out = hold_out(
-        density,
-        guides,
-        tasks,
-        objective,
-        share=options.held_out,
-        draws=draws,
-        limit=options.optimizer.batch_tasks,
-    )
-    batches = _contexts(density, seen, guides, options.optimizer.batch_tasks)
-    pieces = _pieces(density, seen, options.optimizer.batch_tasks, draws)
+    draws, limit = _draws(density, options, len(tasks)), options.optimizer.batch_tasks
+    seen, held_out = hold_out(density, guides, tasks, objective, share=options.held_out, draws=draws, limit=limit)
+    pieces = _pieces(density, seen, limit, draws)
+    steps = (Step(context, len(seen), draws, pieces) for context in _contexts(density, seen, guides, limit))
 
     def between() -> None:
         guides.shared.recentre()
-        if held_out is not None:
-            held_out.begin()
+        held_out.begin()
 
-    def loss() -> Tensor:
-        guides.task.follow(*guides.shared.centre())
-        if held_out is not None:
-            held_out.step()
-        context = next(batches)
-        value, info = objective(density, guides, Step(context, len(seen), draws, pieces))
-        if not torch.isfinite(value):
-            raise ValueError(_not_finite(density, context, info))
-        return value
-
-    with threads_for(draws * _batch_numbers(tasks, options.optimizer.batch_tasks)):
+    with threads_for(draws * _batch_numbers(tasks, limit)):
         history = train(
-            loss,
+            _loss(density, guides, objective, steps, held_out),
             _groups(guides, options.optimizer.lr or NETWORK_LR),
             optimizer=options.optimizer,
             between=between,
@@ -203,6 +184,23 @@ def fit_amortized(
     _settle(density, guides)
     with torch.no_grad():
         return guides, correct_shared(density, guides, tasks, draws=FINAL_DRAWS, share=share), history
+
+
+def _loss(
+    density: TaskDensity, guides: Guides, objective: Objective, steps: Iterator[Step], held_out: HeldOut
+) -> Callable[[], Tensor]:
+    """The loss of one step after the other."""
+
+    def loss() -> Tensor:
+        guides.task.follow(*guides.shared.centre())
+        held_out.step()
+        step = next(steps)
+        value, info = objective(density, guides, step)
+        if not torch.isfinite(value):
+            raise ValueError(_not_finite(density, step.context, info))
+        return value
+
+    return loss
 
 
 def _settle(density: TaskDensity, guides: Guides) -> None:
@@ -329,7 +327,7 @@ class _Judge:
         tasks: Tasks,
         behind: History,
         share: float,
-        held_out: HeldOut | None,
+        held_out: HeldOut,
     ) -> None:
         self._args, self._share, self._held_out = (density, guides, tasks), share, held_out
         self._bound = _reached(behind.stages[-1]) if behind.stages else -math.inf
@@ -337,10 +335,8 @@ class _Judge:
     def __call__(self, bound: float) -> dict[str, Any]:
         guides = self._args[1]
         guides.task.follow(*guides.shared.centre())
-        score = math.nan
-        if self._held_out is not None:
-            score = self._held_out.finish(first=self._bound == -math.inf)
-            guides.task.follow(*guides.shared.centre())
+        score = self._held_out.finish(first=self._bound == -math.inf)
+        guides.task.follow(*guides.shared.centre())
         with torch.no_grad():
             drawn = correct_shared(*self._args, draws=CHECK_DRAWS, budget=CHECK_BUDGET, share=self._share, rounds=0)
         record = {"ess": drawn.ess, "khat": drawn.khat, "bound": bound, "held_out": score}

@@ -85,7 +85,7 @@ class HeldOut:
     Args:
         density: The model.
         guides: What is learned.
-        batches: The tasks, in pieces.
+        batches: The tasks, in pieces; with none, nothing is done.
         objective: What is minimised on the others.
         draws: Of θ, as in training.
     """
@@ -104,12 +104,14 @@ class HeldOut:
 
     def step(self) -> None:
         """Called before every step of training."""
-        if self._steps % CHECK_EVERY == 0:
+        if self._batches and self._steps % CHECK_EVERY == 0:
             self._best.offer(self._score(), self._steps)
         self._steps += 1
 
     def finish(self, *, first: bool) -> float:
-        """Called after a stage: leaves the guides in their best state, and returns its score in nats a task."""
+        """Called after a stage: leaves the guides in their best state, and returns its score in nats a task or NaN."""
+        if not self._batches:
+            return math.nan
         self._best.offer(self._score(), self._steps)
         self._best.restore()
         if first:
@@ -145,7 +147,7 @@ def hold_out(
     share: float,
     draws: int,
     limit: int,
-) -> tuple[Tasks, HeldOut | None]:
+) -> tuple[Tasks, HeldOut]:
     """Sets tasks aside where more numbers are fitted as points than there are labels, and 20 tasks have labels.
 
     Fewer numbers, such as the coefficients of a regression, do not overfit and have use for every task. Where weights
@@ -161,21 +163,22 @@ def hold_out(
         limit: Tasks that are evaluated at once.
 
     Returns:
-        The tasks to train on, and what scores the others; None where there are none.
+        The tasks to train on, and what scores the others.
     """
     labels = _labels(tasks)
     points = sum(value.numel() for value in guides.values.values())
     points += density.structure.shared_size * isinstance(guides.shared, PointShared | ParticleShared)
     labelled = np.flatnonzero(labels)
+    none = HeldOut(density, guides, [], objective, draws=draws)
     if share == 0 or len(labelled) < FEWEST_TO_HOLD_OUT or points <= int(labels.sum()):
-        return tasks, None
+        return tasks, none
     count = min(MOST_HELD_OUT, max(1, round(share * len(labelled))))
     chosen = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))[:count].numpy()]
     seen, others = tasks[np.delete(np.arange(len(tasks)), chosen)], tasks[np.sort(chosen)]
     parts = [list(_batches(density, some, limit)) for some in (seen, others)]
     if guides.values and _own_weights(density, guides, objective, draws, *parts) >= count:
         logger.info("no tasks are held out: weights of single tasks are trained")
-        return tasks, None
+        return tasks, none
     return seen, HeldOut(density, guides, parts[1], objective, draws=draws)
 
 
