@@ -28,7 +28,6 @@ from bayesmeta.inference.ladder import LEAST_DRAWS, REFINEMENTS, climb
 from bayesmeta.inference.marginal import Marginal
 from bayesmeta.inference.methods import Method
 from bayesmeta.inference.nuts import NUTS
-from bayesmeta.inference.training import Optimizer
 from bayesmeta.inference.weighing import Parts, draw_empty, equal_draws, resample, resample_theta
 from bayesmeta.results.arguments import check_arguments, check_choice, check_model, check_tasks, check_whole, numbers
 from bayesmeta.results.conditional import ConditionalFit, load_conditional
@@ -327,9 +326,9 @@ def _options(method: str | Method) -> Any:
 
 
 def _check_conditional(options: Method, checkpoint: Any) -> None:
-    plain = isinstance(options, Amortized) and replace(options, optimizer=Optimizer(), held_out=0.1) == Amortized(
-        held_out=0.1
-    )
+    default = Amortized()
+    taken: dict[str, Any] = {"optimizer": default.optimizer, "held_out": default.held_out}
+    plain = isinstance(options, Amortized) and replace(options, **taken) == default
     if not plain or checkpoint is not None:
         raise ValueError(
             "a ConditionalModel has no task parameters to infer: expected method=bm.Amortized(optimizer=…, held_out=…) "

@@ -104,7 +104,8 @@ class Amortized:
 
     def __post_init__(self) -> None:
         self._check_names()
-        if isinstance(self.held_out, bool) or not 0 <= self.held_out <= MOST_HELD_OUT:
+        number = isinstance(self.held_out, int | float) and not isinstance(self.held_out, bool)
+        if not (number and 0 <= self.held_out <= MOST_HELD_OUT):
             raise ValueError(f"Amortized: held_out must be a share from 0 to {MOST_HELD_OUT}, got {self.held_out!r}")
         if self.context is not None and self.objective not in EPISODIC:
             names = " or ".join(repr(name) for name in EPISODIC)

@@ -168,6 +168,6 @@ def test_stopped_training_is_resumed_where_it_was(tmp_path: Path, monkeypatch: p
 
 
 def test_a_share_that_is_none_is_refused() -> None:
-    for share in (-0.1, 0.6, True):
+    for share in (-0.1, 0.6, True, math.nan, None):
         with pytest.raises(ValueError, match=r"Amortized: held_out must be a share from 0 to 0.5, got"):
             bm.Amortized(held_out=share)
