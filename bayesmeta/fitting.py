@@ -6,7 +6,6 @@ It wires the rooms together and holds no mathematics.
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +27,7 @@ from bayesmeta.inference.ladder import LEAST_DRAWS, REFINEMENTS, climb
 from bayesmeta.inference.marginal import Marginal
 from bayesmeta.inference.methods import Method
 from bayesmeta.inference.nuts import NUTS
-from bayesmeta.inference.weighing import Parts, draw_empty, equal_draws, resample, resample_theta
+from bayesmeta.inference.weighing import Parts, draw_empty, of_chains, resample, resample_theta
 from bayesmeta.results.arguments import check_arguments, check_choice, check_model, check_tasks, check_whole, numbers
 from bayesmeta.results.conditional import ConditionalFit, load_conditional
 from bayesmeta.results.fit_storage import FileCheckpoint, FitState, load_fit, save_fit
@@ -241,7 +240,7 @@ class Fit:
                 parts = self._parts(tasks, enough, refine, updated)
         chains = self._shared.chains if draws == len(self._shared.theta) and shared is None else 0
         parts = [(index, part.thinned(draws)) for index, part in parts]
-        return Posterior(self._density, tasks, parts, seed, chains=chains)
+        return Posterior(self._density, tasks, parts, seed, chains=chains, chain_stats=self._shared.stats)
 
     def predict(self, context: Tasks, x: Any = None, columns: Any = None, **options: Any) -> Prediction:
         """Predicts new rows of tasks given their context: `posterior(context).predict(x, columns, **options)`."""
@@ -292,11 +291,11 @@ class Fit:
 
     def _known(self, tasks: Tasks, index: np.ndarray, chosen: Tensor, refine: str) -> Parts:
         """Joint draws of training tasks; those that a sampler drew together with θ are there already."""
-        theta, drawn = self._shared.theta[chosen], self._shared.noise
-        if drawn is None or refine not in ("auto", "none") or not len(index):
+        theta, drawn, mixing = self._shared.theta[chosen], self._shared.noise, self._shared.mixing
+        if drawn is None or mixing is None or refine not in ("auto", "none") or not len(index):
             return self._climbed(tasks, index, theta, refine, known=True)
-        noise = drawn[chosen][:, self._training.positions(tasks[index])]
-        return [(index, equal_draws(theta, noise, "nuts", math.nan, "", joint=True))]
+        at, total = self._training.positions(tasks[index]), len(drawn)
+        return [(index, of_chains(theta, drawn[chosen][:, at], mixing, at, total=total))]
 
     def _climbed(
         self, tasks: Tasks, index: np.ndarray, theta: Tensor, refine: str, *, known: bool, replaced: Tasks | None = None

@@ -17,6 +17,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import psis
 from bayesmeta.inference.candidates import log_evidence
 from bayesmeta.inference.gaussian import HEAVY_DF, heavy_scale, normal_log_prob, student_t_log_prob
+from bayesmeta.inference.mixing import Mixing
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import SharedPosterior
 from bayesmeta.inference.shared import WIDE, PointShared, PriorShared
@@ -51,10 +52,11 @@ class SharedDraws:
         log_weight: Normalised log weights `(S,)`.
         khat: Pareto k̂ of the weights.
         ess: Relative effective sample size.
-        status: "corrected", "uncorrected", "plug-in" or "sampled".
+        status: "corrected", "uncorrected" (also chains that have not mixed), "plug-in" or "sampled".
         chains: Number of Markov chains that the draws come from, one after another; 0: independent draws.
         stats: Diagnostics of the chains, `{name: (chain, draw)}`.
         noise: Whitened parameters of the training tasks drawn along `(S, T, d)`, where the method draws them.
+        mixing: Of the chains in each coordinate of θ, then in those of `noise`, task after task.
     """
 
     theta: Tensor
@@ -65,6 +67,7 @@ class SharedDraws:
     chains: int = 0
     stats: dict[str, np.ndarray] = field(default_factory=dict)
     noise: Tensor | None = None
+    mixing: Mixing | None = None
 
 
 def correct_shared(

@@ -84,7 +84,9 @@ class Marginal:
             with threads_for(rows(tasks) * points_of(density.structure.task_size)):
                 shared, found = self._infer(density, tasks, progress)
             record |= found
-        record |= {"ess": shared.ess, "seconds": time.perf_counter() - start, "done": shared.status != "uncorrected"}
+        misplaced = shared.status == "plug-in" and record["error"] > TOLERATED
+        done = shared.status != "uncorrected" and not misplaced
+        record |= {"ess": shared.ess, "seconds": time.perf_counter() - start, "done": done}
         return Inferred(laplace_guides(density, tasks, shared.theta), shared, History(stages=[record]))
 
     def _infer(self, density: TaskDensity, tasks: Tasks, progress: bool) -> tuple[SharedDraws, dict[str, Any]]:
@@ -99,11 +101,12 @@ class Marginal:
             shared = self._sampled(precise, evidence, mode, progress)
         else:
             shared, tried = self._fitted(evidence, mode)
-        record: dict[str, Any] = {"kind": evidence.kind, "error": 0.0, "noise": 0.0}
+        unknown = 0.0 if evidence.kind == "closed form" else math.nan
+        record: dict[str, Any] = {"kind": evidence.kind, "error": unknown, "noise": unknown}
         if evidence.kind != "closed form" and density.structure.shared_size:
             record |= assess(precise, evidence, tasks, tried or shared, point=self.shared == "map")
             approximate = evidence.kind == "Laplace" or record["error"] > TOLERATED
-            if approximate and self.shared != "map":
+            if approximate and shared.status not in ("plug-in", "uncorrected"):
                 shared = mended(precise, evidence, tasks, shared)
         return replace(shared, theta=shared.theta.to(density.dtype)), record
 

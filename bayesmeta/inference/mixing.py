@@ -9,19 +9,44 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+
+MAX_RHAT = 1.05
+MIN_ESS = 100.0
+"""Beyond these bounds chains have not mixed."""
+SHORTEST = 8
+"""Chains with fewer draws cannot have."""
 
 Statistic = Callable[[np.ndarray], float]
 """Chains `(chain, draw)` of one quantity -> a number."""
 
 
-def mixing(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rank-normalised split R-hat and bulk effective sample size, `(d,)` each, of draws `(chain, draw, d)`.
+class Mixing(NamedTuple):
+    """Rank-normalised split R-hat and bulk effective sample size of d quantities, `(d,)` each."""
+
+    rhat: np.ndarray
+    ess: np.ndarray
+
+    @property
+    def bad(self) -> np.ndarray:
+        """Which quantities' chains have not mixed `(d,)`; what is not a number has not."""
+        return ~((self.rhat <= MAX_RHAT) & (self.ess >= MIN_ESS))
+
+    def of(self, some: slice) -> Mixing:
+        """Those of some of the quantities."""
+        return Mixing(self.rhat[some], self.ess[some])
+
+
+def mixing(draws: np.ndarray) -> Mixing:
+    """How well chains `(chain, draw, d)` of d quantities have mixed.
 
     What does not move in some chain has not been sampled: R-hat inf, no effective draw. R-hat of one chain is that of
     its halves.
     """
+    if draws.shape[1] < SHORTEST:
+        return Mixing(np.full(draws.shape[2], np.inf), np.zeros(draws.shape[2]))
     rhat, ess = _statistics()
     half = draws.shape[1] // 2
     split = draws if len(draws) > 1 else np.stack([draws[0, :half], draws[0, -half:]])
@@ -29,7 +54,7 @@ def mixing(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     found = np.array([np.full(len(moving), np.inf), np.zeros(len(moving))])
     for i in np.flatnonzero(moving):
         found[:, i] = rhat(split[..., i]), ess(draws[..., i])
-    return found[0], found[1]
+    return Mixing(found[0], found[1])
 
 
 def _statistics() -> tuple[Statistic, Statistic]:

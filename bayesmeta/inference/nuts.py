@@ -26,7 +26,7 @@ from bayesmeta.inference.laplace import LaplaceGuide
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.options import check_lengths
-from bayesmeta.inference.sampling import Drawn, Lengths, positions_of, require_nutpie, sample
+from bayesmeta.inference.sampling import CURE, Drawn, Lengths, positions_of, require_nutpie, sample
 from bayesmeta.inference.shared import NormalShared
 from bayesmeta.inference.shear import Sheared
 from bayesmeta.inference.threads import threads_for
@@ -36,6 +36,7 @@ PILOT = 5
 """The first transitions of the warmup, one in so many, look for the coordinates in which the others run."""
 LEAST_PILOT = 100
 """With fewer transitions than this there is no such search."""
+INSTEAD = f"{CURE}, or method='marginal'"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class NUTS:
         flat = torch.as_tensor(drawn.draws).flatten(0, 1)
         noise = flat[:, size:].reshape(len(flat), len(tasks), dim)
         shared = from_chains(flat[:, :size].to(density.dtype), drawn, noise=noise.to(density.dtype))
-        record = {"stage": 0, "steps": 0, "kind": "joint", "error": 0.0, "noise": 0.0, "ess": shared.ess, "done": True}
+        done = not drawn.mixing.bad.any()
+        record = {"stage": 0, "steps": 0, "kind": "joint", "error": 0.0, "noise": 0.0, "ess": shared.ess, "done": done}
         record["seconds"] = time.perf_counter() - began
         return Inferred(laplace_guides(density, tasks, shared.theta), shared, History(stages=[record]))
 
@@ -84,7 +86,9 @@ class NUTS:
         first = self.warmup // PILOT
         if not joint.shared_size or first < LEAST_PILOT:
             lengths = Lengths(self.chains, self.warmup, self.draws)
-            return sample(lambda: joint, joint.start, lengths, dim=joint.size, progress=progress, view=joint.view)
+            return sample(
+                lambda: joint, joint.start, lengths, dim=joint.size, progress=progress, view=joint.view, cure=INSTEAD
+            )
         pilot, _ = positions_of(
             lambda: joint, joint.start, Lengths(self.chains, first - first // 4, first // 4), dim=joint.size
         )
@@ -92,7 +96,13 @@ class NUTS:
         starts = itertools.cycle(ends if isinstance(chosen, Joint) else chosen.inverse(ends))
         lengths = Lengths(self.chains, self.warmup - first, self.draws)
         return sample(
-            lambda: chosen, lambda: next(starts), lengths, dim=joint.size, progress=progress, view=chosen.view
+            lambda: chosen,
+            lambda: next(starts),
+            lengths,
+            dim=joint.size,
+            progress=progress,
+            view=chosen.view,
+            cure=INSTEAD,
         )
 
 
@@ -127,9 +137,10 @@ def laplace_guides(density: TaskDensity, tasks: Tasks, theta: Tensor) -> Guides:
 
 
 def from_chains(theta: Tensor, drawn: Drawn, *, noise: Tensor | None = None) -> SharedDraws:
-    """Draws of θ `(S, d_theta)`, chain after chain, with equal weights."""
-    count = len(theta)
-    relative = min(1.0, float(drawn.ess.min()) / count) if drawn.ess.size else 1.0
-    return SharedDraws(
-        theta, np.full(count, -math.log(count)), 0.0, relative, "sampled", len(drawn.draws), drawn.stats, noise
-    )
+    """Draws of θ `(S, d_theta)`, chain after chain, with equal weights; "uncorrected" where they have not mixed."""
+    count, size = theta.shape
+    own = drawn.mixing.of(slice(size))
+    relative = min(1.0, float(own.ess.min()) / count) if size else 1.0
+    status = "uncorrected" if own.bad.any() else "sampled"
+    weight, chains = np.full(count, -math.log(count)), len(drawn.draws)
+    return SharedDraws(theta, weight, 0.0, relative, status, chains, drawn.stats, noise, drawn.mixing)

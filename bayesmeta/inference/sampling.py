@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from bayesmeta.hierarchy.recording import seeded
-from bayesmeta.inference.mixing import mixing
+from bayesmeta.inference.mixing import MAX_RHAT, MIN_ESS, Mixing, mixing
 
-MAX_RHAT = 1.05
-MIN_ESS = 100.0
 MAX_DIVERGENT = 0.005
-"""Chains beyond these bounds draw a warning."""
-SHORTEST = 8
-"""Chains with fewer draws have no diagnostics."""
+"""Chains with more, or that have not mixed, draw a warning."""
+CURE = "take more warmup and draws, or tighter priors"
 CLIMB = 40
 """Steps of L-BFGS from there towards a mode before a chain warms up."""
 STATS = {"diverging": "diverging", "depth": "tree_depth", "n_steps": "n_steps", "step_size": "step_size", "logp": "lp"}
@@ -52,8 +49,7 @@ class Drawn:
 
     draws: np.ndarray
     stats: dict[str, np.ndarray]
-    rhat: np.ndarray
-    ess: np.ndarray
+    mixing: Mixing
 
 
 def sample(
@@ -64,6 +60,7 @@ def sample(
     progress: bool = False,
     dim: int | None = None,
     view: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    cure: str = CURE,
 ) -> Drawn:
     """Samples a density with nutpie, chains one after another.
 
@@ -74,12 +71,13 @@ def sample(
         progress: Whether to show nutpie's bar.
         dim: The length of a position; by default that of a start.
         view: Positions `(chain, draw, d)` as the draws that are wanted.
+        cure: What to do about chains that are bad, for the warning.
 
     Raises:
         ValueError: nutpie is not installed, or every start has density zero.
     """
     positions, stats = positions_of(make_log_density, start, lengths, progress=progress, dim=dim)
-    return _judged(view(positions), stats)
+    return _judged(view(positions), stats, cure)
 
 
 def positions_of(
@@ -139,19 +137,18 @@ class _Guarded:
         return math.nan, np.zeros(len(position))
 
 
-def _judged(draws: np.ndarray, stats: dict[str, np.ndarray]) -> Drawn:
+def _judged(draws: np.ndarray, stats: dict[str, np.ndarray], cure: str) -> Drawn:
     """Adds R-hat and effective sample sizes, and warns where they are bad."""
-    _, count, dim = draws.shape
-    rhat, ess = mixing(draws) if count >= SHORTEST else (np.full(dim, math.inf), np.zeros(dim))
+    found = mixing(draws)
     divergent = float(stats["diverging"].mean()) if "diverging" in stats else 0.0
-    if not (rhat.max() <= MAX_RHAT and ess.min() >= MIN_ESS and divergent <= MAX_DIVERGENT):
+    if found.bad.any() or not divergent <= MAX_DIVERGENT:
         warnings.warn(
-            f"the chains have not mixed well: largest R-hat {rhat.max():.3f} (limit {MAX_RHAT}), least effective "
-            f"sample size {ess.min():.0f} (limit {MIN_ESS:.0f}), {100 * divergent:.1f} % divergent transitions; take "
-            "more warmup and draws, tighter priors, or method='marginal'",
+            f"the chains have not mixed well: largest R-hat {found.rhat.max():.3f} (limit {MAX_RHAT}), least effective "
+            f"sample size {found.ess.min():.0f} (limit {MIN_ESS:.0f}), {100 * divergent:.1f} % divergent transitions; "
+            f"{cure}",
             stacklevel=2,
         )
-    return Drawn(draws, stats, rhat, ess)
+    return Drawn(draws, stats, found)
 
 
 def climbed(function: LogDensity, start: Tensor) -> np.ndarray:

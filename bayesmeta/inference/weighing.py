@@ -19,6 +19,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import psis
 from bayesmeta.inference.candidates import candidates, guide_draws, log_evidence, prior_noise
 from bayesmeta.inference.correction import SharedDraws
+from bayesmeta.inference.mixing import MAX_RHAT, MIN_ESS, Mixing
 from bayesmeta.inference.objectives import Guides
 
 COUNTS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -187,6 +188,31 @@ def resample(shared: SharedDraws, draws: int) -> Tensor:
 def resample_theta(shared: SharedDraws, draws: int) -> Tensor:
     """Equally weighted draws of θ `(draws, d_theta)`."""
     return shared.theta[resample(shared, draws)]
+
+
+def of_chains(theta: Tensor, noise: Tensor, mixing: Mixing, positions: np.ndarray, *, total: int) -> TaskDraws:
+    """Draws of training tasks that chains drew along with θ; flagged are tasks where these, or θ's, have not mixed.
+
+    Args:
+        theta: Draws `(S, d_theta)`.
+        noise: Draws that belong to them, of the tasks `(S, T, d)`.
+        mixing: Of θ's coordinates, then of those of all training tasks.
+        positions: Of the T tasks among these.
+        total: Number of draws of the chains; S of them are here.
+    """
+    size, dim = theta.shape[1], noise.shape[2]
+    own = mixing.of(slice(size))
+    rhat, ess = (values[size:].reshape(-1, dim)[positions] for values in mixing)
+    drawn = equal_draws(theta, noise, "nuts", math.nan, "", joint=True)
+    drawn.ess = np.minimum(1.0, ess.min(1) / total)
+    rhat = np.maximum(rhat.max(1), own.rhat.max(initial=0))
+    ess = np.minimum(ess.min(1), own.ess.min(initial=math.inf))
+    flag = [
+        f"the chains have not mixed: R-hat {r:.2f} (limit {MAX_RHAT}), {e:.0f} effective draws (limit {MIN_ESS:.0f})"
+        for r, e in zip(rhat, ess, strict=True)
+    ]
+    drawn.flag = [text if bad else "" for text, bad in zip(flag, Mixing(rhat, ess).bad, strict=True)]
+    return drawn
 
 
 def draw_unchecked(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, *, joint: bool) -> TaskDraws:

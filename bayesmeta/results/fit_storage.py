@@ -20,6 +20,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.inference.correction import SharedDraws
+from bayesmeta.inference.mixing import Mixing
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.training import History
 from bayesmeta.results import storage
@@ -107,13 +108,17 @@ def load_fit(path: PathLike, model: Model, *, kinds: Mapping[str, type[Any]], op
     check_densities(str(path), meta, density, guides.values)
     stats = {name: value.numpy() for name, value in _under("stats/", tensors).items()}
     weight = tensors["log_weight"].numpy()
+    judged = {name: value.numpy() for name, value in _under("mixing/", tensors).items()}
     shared = SharedDraws(tensors["theta"], weight, **meta["theta"], stats=stats, noise=tensors.get("noise"))
+    shared.mixing = Mixing(**judged) if judged else None
     return FitState(density, guides, shared, training, History(**meta["history"]), options, meta["seed"])
 
 
 def _shared_tensors(shared: SharedDraws) -> Tensors:
     tensors = {"theta": shared.theta, "log_weight": torch.as_tensor(shared.log_weight)}
     tensors |= {f"stats/{name}": torch.as_tensor(values) for name, values in shared.stats.items()}
+    judged = shared.mixing._asdict() if shared.mixing is not None else {}
+    tensors |= {f"mixing/{name}": torch.as_tensor(values) for name, values in judged.items()}
     return tensors if shared.noise is None else tensors | {"noise": shared.noise}
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,8 @@ class Shared:
         names: Shared sites and shared deterministic values.
         khat: Pareto k̂ of the correction (0 where there was none to make).
         ess: Relative effective sample size of the correction.
-        status: "corrected", "uncorrected", "plug-in" (a point: no uncertainty) or "sampled".
+        status: "corrected", "uncorrected" (also chains that have not mixed), "plug-in" (a point: no uncertainty) or
+            "sampled".
     """
 
     def __init__(self, density: TaskDensity, drawn: SharedDraws, *, seed: int, draws: int = 4000) -> None:
@@ -76,14 +78,21 @@ class Shared:
         return self._density.shared_values(theta)[name].detach().numpy()
 
     def to_arviz(self) -> Any:
-        """The draws as an ArviZ object (group posterior)."""
+        """The draws as an ArviZ object, of chains with sample_stats, and their worst R-hat and ESS as remarks."""
         from bayesmeta.results.arviz_export import to_arviz
 
         chains = max(1, self._drawn.chains)
         groups = {"posterior": {name: by_chain(self.draws(name), chains) for name in self.names}}
         if self._drawn.stats:
             groups["sample_stats"] = self._drawn.stats
-        return to_arviz(groups, attrs={"status": self.status})
+        return to_arviz(groups, attrs={"status": self.status, **self._mixing()})
+
+    def _mixing(self) -> dict[str, float]:
+        """Largest R-hat and least effective sample size of the chains of θ, where there are chains."""
+        if self._drawn.mixing is None:
+            return {}
+        own = self._drawn.mixing.of(slice(self._drawn.theta.shape[1]))
+        return {"max_rhat": float(own.rhat.max(initial=1)), "min_ess": float(own.ess.min(initial=math.inf))}
 
     def __repr__(self) -> str:
         note = " (a point estimate: the uncertainty of θ is missing)" if self.status == "plug-in" else ""
@@ -108,6 +117,7 @@ class Posterior:
         flag: What is wrong with a task's posterior, "" if nothing is `(task,)`.
         joint: Draw s of all tasks is one joint draw (known tasks alone).
         chains: Number of Markov chains that the draws are, one after another; 0 for independent draws.
+        chain_stats: Diagnostics of those chains, `{name: (chain, draw)}`.
     """
 
     density: TaskDensity = field(repr=False)
@@ -115,6 +125,7 @@ class Posterior:
     parts: list[tuple[np.ndarray, TaskDraws]] = field(repr=False)
     seed: int = 0
     chains: int = 0
+    chain_stats: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.names = self.tasks.names

@@ -25,6 +25,7 @@ class Results(Protocol):
     seed: int
     joint: bool
     chains: int
+    chain_stats: dict[str, np.ndarray]
     names: tuple[str, ...]
     khat: np.ndarray
     ess: np.ndarray
@@ -85,13 +86,16 @@ def summary(posterior: Results) -> Any:
 def to_arviz(posterior: Results) -> Any:
     """Groups posterior, posterior_predictive, log_likelihood, observed_data, constant_data, prior and sample_stats.
 
-    `prior` holds draws of the learned prior at the same θ; `sample_stats` the log weight of each draw's candidate.
+    `prior` holds draws of the learned prior at the same θ; `sample_stats` the log weight of each draw's candidate, and
+    where the draws are those of chains their diagnostics.
     """
     task = [posterior.density.schema.task]
     dims: dict[str, list[str]] = {"log_weight": task}
     groups = {"posterior": _draw_group(posterior, dims)}
     groups["prior"] = posterior.prior()
     groups["sample_stats"] = {"log_weight": posterior.log_weight()}
+    if posterior.chains and posterior.joint:
+        groups["sample_stats"] |= {name: values.reshape(-1) for name, values in posterior.chain_stats.items()}
     if max(posterior.tasks.sizes) > 0:
         groups |= _data_groups(posterior, dims) | _row_groups(posterior, dims)
     groups["constant_data"] = _diagnostics(posterior, dims) | groups.get("constant_data", {})

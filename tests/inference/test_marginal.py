@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 import bayesmeta as bm
 from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import marginal
 from bayesmeta.inference.evidence import Evidence
 from bayesmeta.inference.marginal import Signed
 from benchmarks import exact_posteriors
@@ -65,6 +67,43 @@ def test_history_says_how_it_was_done() -> None:
     (stage,) = fit.history.stages
     assert stage["kind"] == "closed form" and stage["error"] == 0 and stage["done"] and stage["seconds"] > 0
     assert f"in {stage['seconds']:.1f} s" in repr(fit) and "a point estimate" in repr(fit)
+
+
+def rates(batch: bm.Batch) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with batch.tasks():
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+        with batch.observations():
+            pyro.sample("y", dist.Poisson(a.exp().expand(batch.y.shape)), obs=batch.y)
+
+
+def learned_rate(batch: bm.Batch) -> None:
+    mu = pyro.param("mu", torch.tensor(0.0, dtype=torch.float64))
+    with batch.tasks():
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+        with batch.observations():
+            pyro.sample("y", dist.Poisson(a.exp().expand(batch.y.shape)), obs=batch.y)
+
+
+COUNTS = bm.Tasks.from_arrays(None, [[0.0, 1.0], [2.0], [3.0, 1.0, 0.0]])
+
+
+def test_chains_that_have_not_mixed_are_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(marginal, "TOLERATED", -1.0)
+    with pytest.warns(UserWarning, match="have not mixed well.*or tighter priors$"):
+        fit = bm.fit(rates, COUNTS, method=bm.Marginal(chains=2, warmup=50, draws=40), progress=False)
+    assert fit.shared.status == "uncorrected" and not fit.history.stages[0]["done"]
+    assert fit.history.stages[0]["error"] < 0.1
+    fit = bm.fit(rates, COUNTS, method=bm.Marginal(chains=2, warmup=50, draws=400), progress=False)
+    assert fit.shared.status == "corrected" and fit.history.stages[0]["done"]
+
+
+def test_an_error_that_is_not_known_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = bm.fit(learned_rate, COUNTS, method=bm.Marginal(shared="map"), progress=False)
+    assert fit.history.stages[0]["kind"] == "quadrature" and math.isnan(fit.history.stages[0]["error"])
+    monkeypatch.setattr(marginal, "TOLERATED", -1.0)
+    fit = bm.fit(rates, COUNTS, method=bm.Marginal(shared="map"), progress=False)
+    assert fit.shared.status == "plug-in" and not fit.history.stages[0]["done"]
 
 
 def test_no_shared_parameters() -> None:
