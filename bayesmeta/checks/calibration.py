@@ -112,15 +112,39 @@ class Calibration:
             low, high = (place < 0.1).mean(), (place > 0.9).mean()
             word = "inside" if inside[name] else "OUTSIDE"
             lines.append(f"{name:<24} {p:>8.4f}  {word:<8} {100 * low:>10.1f} % {100 * high:>11.1f} %")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._lines_by_size()])
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the ECDF difference of every parameter with its bands into a file (extra `plots`)."""
-        counts = {name: self.counts(name) for name in self.ranks}
-        figure = pictures.rank_ecdfs(
-            counts, int(self.accepted.sum()), probs=(1 - ALPHA, 1 - ALPHA / len(counts)), p=self.p
-        )
-        figure.savefig(path)
+    def _lines_by_size(self) -> list[str]:
+        """A line for tasks of each size, where there are several: the parameter with the smallest p-value."""
+        found = self.by_size()
+        if len(found) < 2:
+            return []
+        lines = [f"{'tasks with':<14} {'replicates':>10}  {'smallest p':>10}  {'band':<8} parameter"]
+        for size, p in found.items():
+            name = min(p, key=p.__getitem__)
+            word = "inside" if p[name] > ALPHA / (len(found) * len(p)) else "OUTSIDE"
+            count = int((self.accepted & (self.sizes == size)).sum())
+            lines.append(f"{size:>9} rows {count:>10}  {p[name]:>10.4f}  {word:<8} {name}")
+        return lines
+
+    def plot(self, path: str | os.PathLike[str], *, size: int | None = None) -> None:
+        """Draws the ECDF difference of every parameter with its bands into a file (extra `plots`).
+
+        Args:
+            path: The file.
+            size: Only tasks with so many rows; None all.
+
+        Raises:
+            ValueError: No accepted replicate has a task of that size.
+        """
+        some = self.accepted if size is None else self.accepted & (self.sizes == size)
+        if size is not None and not some.any():
+            there = sorted({int(one) for one in self.sizes[self.accepted]})
+            raise ValueError(f"plot: expected the size of some accepted tasks, {there}, got {size}")
+        counts = {name: below(ranks[some], self.draws) for name, ranks in self.ranks.items()}
+        p = {name: self._p(ranks, some) for name, ranks in self.ranks.items()}
+        probs = (1 - ALPHA, 1 - ALPHA / len(counts))
+        pictures.rank_ecdfs(counts, int(some.sum()), probs=probs, p=p).savefig(path)
 
 
 def sbc(

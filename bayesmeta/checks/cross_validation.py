@@ -6,10 +6,12 @@ one more row of a task that is. Nothing is fitted again.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 
+from bayesmeta.checks import pictures
 from bayesmeta.checks.evidence import PER_THETA, known_tasks, left_out, look_inside
 from bayesmeta.checks.metrics import mean_and_error
 from bayesmeta.data.tasks import Tasks
@@ -62,6 +64,17 @@ class LeftOut:
             lines.append(f"{name:<24} {value:>10.3f} {k:>6.2f}  {flag}".rstrip())
         total, error = self.total
         return "\n".join([*lines, f"{'sum':<24} {total:>10.3f} ± {error:.3f}"])
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the log predictive density of each task's rows, their mean, and its k̂ into a file (extra `plots`)."""
+        rows = self.elpd.reshape(len(self.names), -1)
+        counts = np.isfinite(rows).sum(1)
+        elpd = np.nansum(rows, 1) / np.maximum(counts, 1)
+        khat = np.array([np.nanmax(row, initial=-np.inf) for row in self.khat.reshape(len(self.names), -1)])
+        some = counts > 0
+        names = [name for name, there in zip(self.names, some, strict=True) if there]
+        what = "row" if self.elpd.ndim > 1 else "task"
+        pictures.left_out(names, elpd[some], khat[some], self.limit, what=what).savefig(path)
 
 
 def leave_one_task_out(fit: Fit, tasks: Tasks | None = None, *, draws: int = 2000, seed: int = 0) -> LeftOut:

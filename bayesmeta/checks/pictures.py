@@ -113,6 +113,40 @@ def misfits(names: Sequence[str], z: np.ndarray, p: np.ndarray, named: Sequence[
     return figure
 
 
+def left_out(names: Sequence[str], elpd: np.ndarray, khat: np.ndarray, limit: float, *, what: str) -> Figure:
+    """What a fit says of tasks or rows that were left out, and whether that can be trusted.
+
+    Args:
+        names: Tasks.
+        elpd: Log predictive density of each task, or the mean over its rows, in nats `(task,)`.
+        khat: Largest k̂ of a task `(task,)`.
+        limit: The k̂ above which a density is not to be trusted.
+        what: What was left out, "task" or "row".
+
+    Returns:
+        Two panels, a line a task, the least expected on top: densities, and k̂ with its limit.
+    """
+    order = np.argsort(elpd, kind="stable")[:MOST_TASKS]
+    figure, (left, right) = panels(2, width=5.4, height=1.6 + 0.3 * len(order))
+    line = np.arange(len(order), 0, -1)
+    bad = ~(khat[order] < limit)
+    for axis, values in ((left, elpd[order]), (right, khat[order])):
+        for some, colour, label in ((~bad, BLUE, "reliable"), (bad, ORANGE, f"k̂ above {limit:.2g}")):
+            if some.any():
+                axis.plot(values[some], line[some], "o", color=colour, markersize=7, label=label)
+        axis.set(ylim=(0.3, len(order) + 0.7))
+    left.axvline(float(elpd.mean()), color="black", linewidth=0.7, linestyle="--", label="mean of all tasks")
+    right.axvline(limit, color="black", linewidth=0.7)
+    left.set_yticks(line, [names[i] for i in order])
+    right.set_yticks(line, [""] * len(order))
+    each = "the task" if what == "task" else "a row of the task, mean"
+    left.set(xlabel=f"log predictive density of {each} (nats)")
+    right.set(xlabel="k̂" if what == "task" else "largest k̂ of its rows")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=FONT - 2, frameon=False)
+    return figure
+
+
 def replicated(observed: float, drawn: np.ndarray, p: np.ndarray, *, statistic: str, overall: float) -> Figure:
     """A statistic of the data against its posterior predictive distribution, and the p-values of all tasks.
 

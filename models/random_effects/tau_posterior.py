@@ -241,7 +241,8 @@ def _check_mass(prior: TauPrior, edges: np.ndarray) -> None:
         raise ValueError(
             "tau_prior: expected a proper prior, whose density integrates to 1 over [0, inf) (numerically: from e^-300 "
             f"to e^300), got {mass:.6g}. Under an improper one the marginal likelihood and the Bayes factor are "
-            "undefined, and with few studies the posterior too. Use dist.HalfNormal(scale), dist.HalfCauchy(scale), "
+            "undefined, and with few studies the posterior too; a proper one with mass beyond these scales, such as "
+            "Gamma(.01, .01), says tau = 0 with that probability. Use dist.HalfNormal(scale), dist.HalfCauchy(scale), "
             "dist.Uniform(0., upper) or a normalised log density"
         )
 

@@ -93,11 +93,12 @@ def _uniform(rng: np.random.Generator) -> Calibration:
     return calibration({str(k): rng.integers(0, 20, 60) for k in range(10)}, draws=19)
 
 
-def calibration(ranks: dict[str, Any], *, draws: int = 99, flag: np.ndarray | None = None) -> Calibration:
+def calibration(
+    ranks: dict[str, Any], *, draws: int = 99, flag: np.ndarray | None = None, sizes: np.ndarray | None = None
+) -> Calibration:
     count = len(next(iter(ranks.values())))
-    return Calibration(
-        ranks, draws, np.ones(count, dtype=int), np.full(count, "", dtype=object) if flag is None else flag
-    )
+    sizes = np.ones(count, dtype=int) if sizes is None else sizes
+    return Calibration(ranks, draws, sizes, np.full(count, "", dtype=object) if flag is None else flag)
 
 
 def test_ranks_break_ties_at_random_and_leave_constants_out() -> None:
@@ -127,4 +128,16 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
 
 def test_the_picture_shows_every_parameter(right: Calibration, tmp_path: Any) -> None:
     right.plot(tmp_path / "sbc.png")
-    assert (tmp_path / "sbc.png").stat().st_size > 20_000
+    right.plot(tmp_path / "small.png", size=SIZES[0])
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in ("sbc.png", "small.png"))
+    with pytest.raises(ValueError, match=r"plot: expected the size of some accepted tasks, \[.*\], got 99"):
+        right.plot(tmp_path / "none.png", size=99)
+
+
+def test_the_table_judges_tasks_of_each_size() -> None:
+    rng = np.random.default_rng(0)
+    ranks, sizes = rng.integers(0, 100, (2, 400)), np.repeat([2, 9], 200)
+    found = calibration({"a": ranks[0], "b": np.where(sizes == 2, 0, ranks[1])}, sizes=sizes)
+    small, large = found.table().splitlines()[-2:]
+    assert small.split() == ["2", "rows", "200", "0.0000", "OUTSIDE", "b"]
+    assert large.split()[:3] == ["9", "rows", "200"] and large.split()[4] == "inside"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import arviz
@@ -53,11 +54,14 @@ def test_leaving_out_is_not_the_density_with_the_task_in(fit: Any) -> None:
     assert (checks.leave_one_task_out(fit).elpd < density - 0.5).all()
 
 
-def test_a_task_that_decides_on_theta_is_flagged() -> None:
+def test_a_task_that_decides_on_theta_is_flagged_and_drawn(tmp_path: Path) -> None:
     rows = drawn_rows(12, seed=6) | {"odd": [15.0] * 4}
     found = checks.leave_one_task_out(fitted(rows))
     assert found.flag[-1].startswith("leaving it out changes too much: k̂")
     assert "odd" in found.table()
+    found.plot(tmp_path / "tasks.png")
+    checks.loo(fitted(rows).posterior(make_tasks(rows))).plot(tmp_path / "rows.png")
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in ("tasks.png", "rows.png"))
     assert list(found.flag[:-1]) == [""] * 12
 
 

@@ -52,6 +52,18 @@ def test_misfits_put_the_most_unlike_task_on_top() -> None:
     assert far.axes[0].get_xscale() == "symlog"
 
 
+def test_left_out_puts_the_least_expected_task_on_top_and_marks_what_is_not_reliable() -> None:
+    figure = pictures.left_out(
+        ("a", "b", "c"), np.array([-1.0, -3.0, -2.0]), np.array([0.1, 0.9, 0.2]), 0.7, what="row"
+    )
+    left, right = figure.axes
+    assert [t.get_text() for t in left.get_yticklabels()] == ["b", "c", "a"]
+    bad = next(line for line in right.get_lines() if line.get_label() == "k̂ above 0.7")
+    assert bad.get_xdata().tolist() == [0.9]
+    mean = next(line for line in left.get_lines() if line.get_label() == "mean of all tasks")
+    assert mean.get_xdata() == [-2.0, -2.0]
+
+
 def test_replicated_shows_the_observed_value_and_ordered_p_values() -> None:
     figure = pictures.replicated(1.5, np.arange(10.0), np.array([0.7, 0.2]), statistic="sd", overall=0.25)
     left, right = figure.axes
