@@ -285,3 +285,13 @@ def test_the_judge_reads_a_posterior_of_the_engine() -> None:
     fit = bm.fit(case.model, tasks, method=bm.Amortized(optimizer=bm.Optimizer(steps=2)), progress=False)
     raw = awkward.judge(fit.posterior(tasks, refine="none"), REFERENCES["one_example"](tasks))
     assert raw.flagged.all() and raw.off.mean() > 0.5 and not raw.missed.any()
+
+
+@pytest.mark.parametrize("name", ["square", "mixture_prior", "heavy_tails", "laplace_prior"])
+def test_the_ladder_is_right_or_says_so(name: str) -> None:
+    """Two modes, mixtures, outliers, kinks; the other models are in `benchmarks/awkward.py`."""
+    case = CASES[name]
+    tasks = case.tasks(count=6)
+    posterior = bm.fit(case.model, tasks, method="marginal", progress=False).posterior(tasks)
+    verdict = awkward.judge(posterior, REFERENCES[name](tasks))
+    assert not verdict.missed.any() and verdict.unflagged >= 0.7
