@@ -113,6 +113,22 @@ def test_where_q_and_the_prior_lead_to_different_modes_nothing_is_called_correct
     assert found is not None and found.status == "corrected" and abs(moments(found)[0] - 3) < 0.1
 
 
+@pytest.mark.parametrize("dim", [2, 5, 10, 20, 40])
+def test_a_q_that_is_one_sd_off_is_corrected_in_few_and_many_dimensions(dim: int) -> None:
+    torch.manual_seed(0)
+    true = torch.full((dim,), dim**-0.5, dtype=torch.float64)
+    found = weigh_shared(
+        at(0.0, 1.0, dim), lambda t: -0.5 * ((t - true) / 1.1).square().sum(1), draws=4000, affordable=10**6
+    )
+    weight = torch.as_tensor(found.log_weight).exp()
+    mean = weight @ found.theta
+    sd = (weight @ (found.theta - mean).square()).sqrt() / 1.1
+    error = 1.1 / np.sqrt(len(found.theta) * found.ess)
+    assert found.status == "corrected"
+    assert float((mean - true).abs().max()) < 4 * error < 0.25
+    assert 0.8 < float(sd.min()) <= float(sd.max()) < 1.2
+
+
 @pytest.mark.parametrize("dim", [20, 50])
 def test_in_many_dimensions_few_draws_are_led_nowhere(dim: int) -> None:
     """No proposal can be fitted to 200 draws; fitted again and again it would only widen."""
