@@ -117,13 +117,15 @@ def test_where_q_and_the_prior_lead_to_different_modes_nothing_is_called_correct
 def test_a_q_that_is_one_sd_off_is_corrected_in_few_and_many_dimensions(dim: int) -> None:
     torch.manual_seed(0)
     true = torch.full((dim,), dim**-0.5, dtype=torch.float64)
-    found = weigh_shared(
-        at(0.0, 1.0, dim), lambda t: -0.5 * ((t - true) / 1.1).square().sum(1), draws=4000, affordable=10**6
-    )
-    weight = torch.as_tensor(found.log_weight).exp()
-    mean = weight @ found.theta
-    sd = (weight @ (found.theta - mean).square()).sqrt() / 1.1
-    error = 1.1 / np.sqrt(len(found.theta) * found.ess)
+
+    def score(theta: torch.Tensor) -> torch.Tensor:
+        return -0.5 * ((theta.double() - true) / 1.1).square().sum(1)
+
+    found = weigh_shared(at(0.0, 1.0, dim), score, draws=4000, affordable=10**6)
+    weight, theta = torch.as_tensor(found.log_weight).exp(), found.theta.double()
+    mean = weight @ theta
+    sd = (weight @ (theta - mean).square()).sqrt() / 1.1
+    error = 1.1 / np.sqrt(len(theta) * found.ess)
     assert found.status == "corrected"
     assert float((mean - true).abs().max()) < 4 * error < 0.25
     assert 0.8 < float(sd.min()) <= float(sd.max()) < 1.2
