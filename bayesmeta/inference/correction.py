@@ -33,7 +33,8 @@ FULL_BUDGET = 8_000_000
 PILOT_TASKS = 2000
 ADAPTED_WIDTH = 1.1
 SPOILT = 2.0
-"""An adapted proposal whose weights spread so much more is not used: one t(5) over several modes of θ."""
+"""An adapted proposal whose weights spread so much more is not used: one t(5) over several modes of θ, or fitted to too
+few draws for so many dimensions."""
 ROUNDS, LEAST = 6, 20
 """Proposals tried one after another where q is far off; each is fitted to 20 draws a dimension."""
 AGREE = 4.0
@@ -209,10 +210,19 @@ class _Sample:
         return cls(proposal, theta, log_target, log_target - proposal.log_prob(theta))
 
     @property
+    def effective(self) -> float:
+        """How many draws count."""
+        return float(psis.relative_ess(self.log_weight.numpy())) * len(self.log_weight)
+
+    @property
     def usable(self) -> bool:
         """Whether enough draws count to fit a proposal to them."""
-        ess = float(psis.relative_ess(self.log_weight.numpy())) * len(self.log_weight)
-        return _carries(ess, self.theta.shape[1])
+        return _carries(self.effective, self.theta.shape[1])
+
+    def _optimism(self) -> float:
+        """How much better, in nats, a normal fitted to these draws looks on them than it is: (d² + 3d) / 2n of n."""
+        dim = self.theta.shape[1]
+        return dim * (dim + 3) / (2 * self.effective)
 
     def adapted(self, score: Callable[[Tensor], Tensor], count: int) -> SharedDraws:
         """Weighs draws of a proposal fitted to these, or of the same one where the fitted one would be worse by far."""
@@ -220,7 +230,8 @@ class _Sample:
         one, two = (
             _log_spread(self.log_target, self.log_weight, q.log_prob(self.theta)) for q in (self.proposal, fitted)
         )
-        sample = _Sample.of(self.proposal if float(two - one) > math.log(SPOILT) else fitted, score, count)
+        spoilt = float(two - one) + self._optimism() > math.log(SPOILT)
+        sample = _Sample.of(self.proposal if spoilt else fitted, score, count)
         return weighed(sample.theta, sample.log_weight)
 
 

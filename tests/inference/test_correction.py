@@ -114,9 +114,9 @@ def test_where_q_and_the_prior_lead_to_different_modes_nothing_is_called_correct
 
 
 @pytest.mark.parametrize("dim", [2, 5, 10, 20, 40])
-def test_a_q_that_is_one_sd_off_is_corrected_in_few_and_many_dimensions(dim: int) -> None:
+def test_a_q_that_is_half_an_sd_off_is_corrected_in_few_and_many_dimensions(dim: int) -> None:
     torch.manual_seed(0)
-    true = torch.full((dim,), dim**-0.5, dtype=torch.float64)
+    true = torch.full((dim,), 0.5 * dim**-0.5, dtype=torch.float64)
 
     def score(theta: torch.Tensor) -> torch.Tensor:
         return -0.5 * ((theta.double() - true) / 1.1).square().sum(1)
