@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bayesmeta.checks.baselines import Baseline, baselines, origin_of
-from bayesmeta.checks.metrics import clustered_mean, mean_and_error, per_task
+from bayesmeta.checks.metrics import clustered_mean, per_task, score_difference, verdict
 from bayesmeta.checks.sharing_pictures import differences
 from bayesmeta.checks.stacking import stacking_weights
 from bayesmeta.data.tasks import Tasks
@@ -25,8 +25,6 @@ from bayesmeta.hierarchy.model import HierarchicalModel
 from bayesmeta.results.arguments import check_tasks, check_whole
 
 NO_POOLING, COMPLETE_POOLING, LEARNED, ROBUST = "no pooling", "complete pooling", "learned prior", "robust"
-CLEAR = 2.0
-"""Standard errors from 0 beyond which a difference is called one."""
 
 Predictor = Callable[[Tasks, Tasks], np.ndarray]
 """Given rows of some tasks and rows to predict: log density `(task, M)`."""
@@ -64,10 +62,12 @@ class SharingScores:
         return per_task(self._scores(candidate, new))
 
     def difference(self, one: str, other: str, *, new: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Per task the mean difference of two candidates' log scores, and its standard error over rows, `(task,)`."""
-        differences = self._scores(one, new) - self._scores(other, new)
-        pairs = [mean_and_error(row[~np.isnan(row)]) for row in differences]
-        return np.array([mean for mean, _ in pairs]), np.array([error for _, error in pairs])
+        """Per task the mean difference of two candidates' log scores, and its standard error over rows, `(task,)`.
+
+        The error is no less than log(20)/2n for n rows: rows with the same labels are alike by chance too.
+        """
+        mean, error = np.transpose([score_difference(row) for row in self._scores(one, new) - self._scores(other, new)])
+        return mean, error
 
     def total(self, candidate: str, *, over: str | None = None, new: bool = False) -> tuple[float, float]:
         """Mean log score of all rows, or of the paired difference to another candidate, and its standard error.
@@ -102,17 +102,17 @@ class SharingScores:
         """What sharing does for each task: a candidate, by default the best that shares, against no pooling.
 
         "sharing helps" or "negative transfer" where the mean difference over rows is more than two standard errors from
-        0, else "no clear difference".
+        0 (of `difference`: the task's labels are then at least 20 times likelier in all), else "no clear difference".
+        Each task is judged by itself: of tasks that differ in nothing up to 5 % may get a verdict.
         """
-        mean, error = self.difference(self._best_sharing if candidate is None else candidate, NO_POOLING)
-        texts = np.where(mean > CLEAR * error, "sharing helps", "no clear difference")
-        texts = np.where(mean < -CLEAR * error, "negative transfer", texts)
-        return dict(zip(self.names, texts.tolist(), strict=True))
+        shared = self._scores(self._best_sharing if candidate is None else candidate, False)
+        values = shared - self._scores(NO_POOLING, False)
+        return {name: verdict(row) for name, row in zip(self.names, values, strict=True)}
 
     @property
     def hurt(self) -> tuple[str, ...]:
         """Tasks that the best way of sharing hurts."""
-        return tuple(name for name, verdict in self.verdicts().items() if verdict == "negative transfer")
+        return tuple(name for name, text in self.verdicts().items() if text == "negative transfer")
 
     def table(self) -> str:
         """A line a candidate: log score of rows and of left-out tasks, and the differences to no pooling."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bayesmeta as bm
 from bayesmeta.checks import folds
-from bayesmeta.checks.folds import COMPLETE_POOLING, LEARNED, NO_POOLING, ROBUST, mixed, row_folds
+from bayesmeta.checks.folds import COMPLETE_POOLING, LEARNED, NO_POOLING, ROBUST, SharingScores, mixed, row_folds
 
 NOISE = 0.5
 METHOD = bm.Marginal(shared="normal", chains=2, draws=200)
@@ -68,6 +68,47 @@ def test_what_is_shared_decides() -> None:
     assert set(apart.verdicts(COMPLETE_POOLING).values()) >= {"negative transfer"}
     assert apart.total(LEARNED, new=True)[0] > apart.total(COMPLETE_POOLING, new=True)[0]
     assert not any(apart.flagged.values()) and "left-out tasks" in apart.table()
+
+
+def rare(rate: np.ndarray, *, rows: int, seed: int) -> tuple[SharingScores, np.ndarray]:
+    """Scores of Bernoulli tasks on three folds, Beta posteriors: one rate for all, or each its own; and positives."""
+    y = np.random.default_rng(seed).random((len(rate), rows)) < rate[:, None]
+    fold = np.arange(rows) % 3
+    one, own = np.empty((2, *y.shape))
+    for k in range(3):
+        given, here = y[:, fold != k], fold == k
+        pooled = (given.sum() + 0.5) / (given.size + 1)
+        alone = (given.sum(1, keepdims=True) + 0.1 * pooled) / (given.shape[1] + 0.1)
+        for scores, p in ((one, pooled), (own, alone)):
+            scores[:, here] = np.log(np.where(y[:, here], p, 1 - p))
+    names = tuple(f"t{i}" for i in range(len(rate)))
+    return SharingScores(names, {COMPLETE_POOLING: one, NO_POOLING: own}, {}, 0, {}, {}), y.sum(1)
+
+
+@pytest.mark.parametrize(("rate", "rows"), [(0.06, 30), (0.02, 30), (0.02, 100), (0.2, 10)])
+def test_rare_positives_are_no_negative_transfer(rate: float, rows: int) -> None:
+    """Identical tasks: those without positives score the same difference in every row, and are not hurt for that."""
+    hurt, without = 0, 0
+    for seed in range(20):
+        scores, positives = rare(np.full(16, rate), rows=rows, seed=seed)
+        hurt += len(scores.hurt)
+        without += int((positives == 0).sum())
+    assert without > 20 and hurt <= 0.05 * 320
+
+
+def test_a_task_without_positives_that_sharing_hurts_is_found() -> None:
+    """None of 100 where others have one in ten: 10 nats."""
+    scores, positives = rare(np.r_[0.0, np.full(15, 0.1)], rows=100, seed=0)
+    assert positives.min() == positives[0] == 0 and "t0" in scores.hurt
+
+
+def test_tasks_that_are_hurt_are_found_beside_one_that_is_nothing_like_them() -> None:
+    """What is said of a task does not depend on how much others scatter."""
+    rng = np.random.default_rng(0)
+    plain = np.zeros((6, 30))
+    loss = np.r_[-200.0, np.full(5, -0.5)][:, None] + np.r_[60.0, np.full(5, 0.5)][:, None] * rng.normal(size=(6, 30))
+    names = tuple("abcdef")
+    assert SharingScores(names, {NO_POOLING: plain, LEARNED: loss}, {}, 0, {}, {}).hurt == names
 
 
 def test_robust_sharing_is_chosen_inside_the_outer_fold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +198,7 @@ def test_what_cannot_be_compared(models: Any, options: dict[str, Any], expected:
 
 
 def test_unknown_candidates_are_said() -> None:
-    scores = folds.SharingScores(("a",), {NO_POOLING: np.zeros((1, 2))}, {}, 0, {}, {})
+    scores = SharingScores(("a",), {NO_POOLING: np.zeros((1, 2))}, {}, 0, {}, {})
     with pytest.raises(ValueError, match="held-out rows, got 'x'"):
         scores.total("x")
     with pytest.raises(ValueError, match="left-out tasks"):
