@@ -300,13 +300,25 @@ def test_standard_units_are_undone_in_predictions() -> None:
     np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-3)
 
 
-def test_a_noise_of_each_task_is_found() -> None:
-    """Noise sds from .1 to 1 in tasks of 40 rows: their order and size."""
+@pytest.mark.parametrize("conditioning", ["multi_head", "hard"])
+def test_a_noise_of_each_task_is_found(conditioning: str) -> None:
+    """Noise sds from .1 to 1 in tasks of 40 rows: their order and size, with one head for all too."""
     rng = np.random.default_rng(0)
     sd = np.geomspace(0.1, 1.0, 6)
     y = 1.0 + sd[:, None] * rng.normal(size=(6, 40))
     tasks = bm.Tasks.from_arrays(list(rng.normal(size=(6, 40, 1))), list(y))
-    model = bm.models.multitask(features=1, noise="task")
+    model = bm.models.multitask(features=1, conditioning=conditioning, noise="task")
     fit = bm.fit(model, tasks, method=bm.Marginal(shared="map", chains=1, draws=100), progress=False)
     post = fit.posterior(tasks, draws=300)
     np.testing.assert_allclose(post.mean("phi")[:, -1], np.log(y.std(1)), atol=0.25)
+    if conditioning == "hard":
+        assert np.ptp(post.mean("phi")[:, :-1], 0).max() < 1e-9
+        assert [label.get_text() for label in model.plot_scales(fit).axes[0].get_yticklabels()] == ["log_noise"]
+
+
+def test_independent_networks_have_noises_that_are_shared_softly() -> None:
+    """Sd 10 of every weight, and a learned one of log noises."""
+    prior = bm.models.multitask(trunk(), conditioning="independent", noise="task").sharing
+    assert set(prior.shared) == {"mu", "tau"} and prior.scaled == ["log_noise"]
+    sds = prior.variance({"tau": torch.tensor([0.3])}).sqrt()
+    torch.testing.assert_close(sds, torch.cat([torch.full((prior.d - 1,), 10.0), torch.tensor([0.3])]))
