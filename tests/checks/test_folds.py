@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bayesmeta as bm
 from bayesmeta.checks import folds
-from bayesmeta.checks.folds import COMPLETE_POOLING, LEARNED, NO_POOLING, ROBUST, SharingScores, mixed, row_folds
+from bayesmeta.checks.folds import COMPLETE_POOLING, LEARNED, NO_POOLING, ROBUST, SharingScores, row_folds
 
 NOISE = 0.5
 METHOD = bm.Marginal(shared="normal", chains=2, draws=200)
@@ -135,10 +135,26 @@ def test_robust_sharing_is_chosen_inside_the_outer_fold(monkeypatch: pytest.Monk
     assert ROBUST in scores.rows and sum(scores.weights.values()) == pytest.approx(1.0)
 
 
-def test_a_mixture_is_the_weighted_mean_density() -> None:
-    scores = {"a": np.log([[0.2, 0.5]]), "b": np.log([[0.6, 0.1]])}
-    np.testing.assert_allclose(np.exp(mixed(scores, {"a": 0.75, "b": 0.25})), [[0.3, 0.4]])
-    np.testing.assert_allclose(np.exp(mixed(scores, {"a": 1.0, "b": 0.0})), [[0.2, 0.5]])
+def test_left_out_tasks_are_scored_by_what_is_known_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four folds of tasks beside two of rows: each task is scored once, and the weights of `ROBUST` do not know it."""
+    seen: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+
+    def scored(contest: Any, known: bm.Tasks, given: bm.Tasks, target: bm.Tasks) -> dict[str, np.ndarray]:
+        seen.append((known.names, target.names))
+        shape = len(target), int(max(target.sizes))
+        return {name: np.full(shape, score) for name, score in ((LEARNED, -1.0), (NO_POOLING, -2.0))}
+
+    monkeypatch.setattr(folds._Contest, "_scores", scored)
+    tasks = tasks_of(1.0, count=4, rows=6)
+    scores = bm.compare_sharing(model(), tasks, folds=(2, 4), robust=True)
+    assert scores.new.keys() == {LEARNED, NO_POOLING, ROBUST}
+    np.testing.assert_allclose(scores.new[ROBUST], -1.0, atol=1e-6)
+    of_tasks = seen[2 * (1 + 2) :]
+    left_out = [target for _, target in of_tasks[::3]]
+    assert sorted(left_out) == [(name,) for name in tasks.names]
+    for i, (name,) in enumerate(left_out):
+        others = set(tasks.names) - {name}
+        assert all(set(known) == others for known, _ in of_tasks[3 * i : 3 * i + 3])
 
 
 def test_folds_are_even_within_tasks() -> None:
@@ -190,6 +206,7 @@ def test_several_outputs_are_scored_together() -> None:
         (lambda batch: None, {}, "need a bm.HierarchicalModel"),
         (model(lambda shared: torch.distributions.Normal(0.0, 1.0)), {}, "has to define `origin`"),
         (model(), {"folds": 1}, "folds"),
+        (model(), {"folds": (2, 1)}, "folds"),
     ],
 )
 def test_what_cannot_be_compared(models: Any, options: dict[str, Any], expected: str) -> None:
