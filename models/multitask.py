@@ -68,7 +68,7 @@ def multitask(
         trunk: Module `(T, N, *dx) -> (T, N, features)` that all tasks share, used as it is; None for x itself.
         conditioning: What φ_i does: "multi_head", "hard", "independent", "concat", "additive", "multiplicative",
             "film", "gates" (attention over features), "experts", "cross_stitch", "sluice", or one of
-            `bm.models.conditioning` with options.
+            `bm.models.conditioning` with options (`Experts(inputs=…)`: gates of experts that depend on x).
         sharing: How the φ_i relate: "gaussian", "laplace", "factors" (a learned task covariance), "clusters", or one of
             `bm.models.sharing` with options; its `Contaminated` lets some tasks be like no others. None: "gaussian";
             for "independent" a Gaussian of fixed large scale.

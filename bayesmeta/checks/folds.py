@@ -156,9 +156,8 @@ def compare_sharing(
     *no pooling* and *complete pooling* keep the first model's predictor and likelihood: φ_i ~ N(φ̂ of complete pooling,
     10² I), noise learned from all tasks, and one uncertain φ for all tasks. x and normal labels are standardised for
     them; where the predictor is a module, x is not, and where it has weights or units of its own, nothing is: weights
-    are those of its fit, and 10 is in its units, so give `multitask` the tasks as `standardize=`; those units are
-    then of all rows, held-out ones too: a location and a scale, and no candidate knows them better than another. A
-    noise that is part of φ is the task's own without pooling.
+    are those of its fit, and 10 is in its units, so give `multitask` the tasks as `standardize=`; those units are of
+    all rows then, held-out ones too. A noise that is part of φ is the task's own without pooling.
 
     Args:
         models: A model, the *learned prior*, or several by name. The first one is of components.
