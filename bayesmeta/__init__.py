@@ -54,7 +54,7 @@ __all__ = [
 
 _ROOMS = ("checks", "models")
 """Rooms that are imported when they are first used."""
-_CHECKS = ("compare_sharing",)
+_CHECKS = ("compare_sharing", "stack_sharing")
 """What is found in `checks` under its own name."""
 
 

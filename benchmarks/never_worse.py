@@ -3,7 +3,8 @@
 For each cell the held-out log score of the robust prior minus that of the better of no pooling and complete pooling,
 paired by row. Cells: tasks that are identical, in between and unrelated (generated), the radon counties that ship, and
 School and Parkinsons, which do not, each at three sizes. The robust prior is chosen on inner folds and scored on outer
-ones.
+ones. The units of School and Parkinsons, a location and a scale for all tasks and candidates, are those of all rows,
+held-out ones too.
 """
 
 from __future__ import annotations
@@ -83,9 +84,8 @@ def run(cell: str, tasks: bm.Tasks, folds: int, seed: int) -> tuple[float, float
     )
     better = max(NO_POOLING, COMPLETE_POOLING, key=lambda name: scores.total(name)[0])
     mean, error = scores.total(ROBUST, over=better)
-    print(
-        f"{cell}, {len(tasks)} tasks, {time.perf_counter() - start:.0f} s; weights {scores.weights}\n{scores.table()}"
-    )
+    print(f"{cell}, {len(tasks)} tasks, seed {seed}, {folds} folds, {time.perf_counter() - start:.0f} s")
+    print(f"weights {scores.weights}\n{scores.table()}")
     print(f"  robust minus {better}: {mean:+.4f} ± {error:.4f} nats a row\n", flush=True)
     return mean, error
 

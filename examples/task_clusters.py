@@ -1,7 +1,7 @@
-"""Twelve outputs over the same inputs, in two groups that respond the opposite way: sharing all of them hurts.
+"""Twelve outputs in two groups that respond to inputs the opposite way: sharing all of them hurts.
 
-Friedman's function with coefficients of each output. The exchangeable prior learns that outputs differ; a learned
-covariance of tasks finds the groups, and predicts better from few rows.
+Friedman's function with coefficients of each output, measured at inputs of its own. The exchangeable prior learns that
+outputs differ; a learned covariance of tasks finds the groups, and predicts better from few rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Friedman(nn.Module):
 
 
 def outputs(rows: int, seed: int) -> bm.Tasks:
-    """Twelve outputs, a task each, with their own rows."""
+    """Twelve outputs, a task each, measured at rows of their own."""
     generator = np.random.default_rng(seed)
     x = generator.uniform(size=(len(GROUPS), rows, 5))
     weight = GROUPS[:, None] * COEFFICIENTS + SPREAD * generator.normal(size=(len(GROUPS), 4))

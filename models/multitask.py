@@ -68,14 +68,15 @@ def multitask(
         trunk: Module `(T, N, *dx) -> (T, N, features)` that all tasks share, used as it is; None for x itself.
         conditioning: What φ_i does: "multi_head", "hard", "independent", "concat", "additive", "multiplicative",
             "film", "gates" (attention over features), "experts", "cross_stitch", "sluice", or one of
-            `bm.models.conditioning` with options.
+            `bm.models.conditioning` with options (`Experts(inputs=…)`: gates of experts that depend on x).
         sharing: How the φ_i relate: "gaussian", "laplace", "factors" (a learned task covariance), "clusters", or one of
             `bm.models.sharing` with options; its `Contaminated` lets some tasks be like no others. None: "gaussian";
             for "independent" a Gaussian of fixed large scale.
         likelihood: One of `bm.likelihoods`, or a function of `(f, batch, shared)`; default `bm.likelihoods.Normal()`.
-        noise: "shared", or "task": each task's own, the block `log_noise` of φ, for normal labels.
+        noise: "shared", or "task": each task's own, the block `log_noise` of φ, its scale learned with "hard" and
+            "independent" too. For normal labels, alone or among `Outputs`; not for `Kinds` or `StudentT`.
         standardize: Tasks whose inputs and normal labels, output by output, give the units that φ and the trunk live
-            in; predictions stay in the user's. None for the data as they are.
+            in; predictions stay in the user's. None for the data as they are; not for `Kinds`, whose kinds share f.
         features: Numbers that the trunk gives for a row, without a trunk the length of x. None: those of its last
             linear layer.
         seed: Of the first weights of heads and layers.
@@ -142,7 +143,7 @@ class Multitask(bm.HierarchicalModel):
         Args:
             posterior: Of training tasks, whose draws are joint.
         """
-        if isinstance(self.sharing, sharings.Gaussian) and self.sharing.scale == 0:
+        if isinstance(self.sharing, sharings.Gaussian) and self.sharing.scale == 0 and not self.sharing.scaled:
             raise ValueError("similarity: expected tasks with parameters of their own, got hard sharing: all are alike")
         if not posterior.joint:
             raise ValueError("similarity: expected training tasks, whose draws are joint, got new ones")
@@ -168,9 +169,7 @@ class Multitask(bm.HierarchicalModel):
             raise ValueError("plot_scales: expected a prior that learns its scales, got one of fixed scale")
         shared = {name: _tensor(fit.shared.draws(name)) for name in self.sharing.shared}
         draws = self.sharing.learned_scales(shared).numpy()
-        blocks = self.sharing.blocks
-        names = [b.name for b in blocks.all] if draws.shape[1] == len(blocks.all) else blocks.names
-        return _saved(bm.checks.sharing_pictures.scales(names, draws), path)
+        return _saved(bm.checks.sharing_pictures.scales(self.sharing.scaled, draws), path)
 
     def __repr__(self) -> str:
         parts = ", ".join(type(part).__name__ for part in (self.conditioning, self.sharing, self.likelihood))

@@ -3,7 +3,7 @@
 from bayesmeta.checks import metrics, plots, sharing, sharing_pictures
 from bayesmeta.checks.calibration import Calibration, sbc
 from bayesmeta.checks.cross_validation import LeftOut, leave_one_task_out, loo
-from bayesmeta.checks.folds import SharingScores, compare_sharing
+from bayesmeta.checks.folds import SharingScores, compare_sharing, stack_sharing
 from bayesmeta.checks.gap import Gap, amortization_gap
 from bayesmeta.checks.intervals import Coverage, coverage
 from bayesmeta.checks.misfits import Misfit, misfit
@@ -31,4 +31,5 @@ __all__ = [
     "sbc_fit",
     "sharing",
     "sharing_pictures",
+    "stack_sharing",
 ]

@@ -1,23 +1,24 @@
 """Which way of sharing is right for these tasks? Held-out rows and held-out tasks, candidate by candidate.
 
 `compare_sharing` refits every candidate on folds of the rows within each task, and on folds of the tasks; `robust`
-stacks the candidates by folds inside the training rows. The two baselines are in `baselines.py`, weights in
-`stacking.py`, pictures in `sharing_pictures.py`.
+stacks the candidates by folds inside the training rows. The two baselines are in `baselines.py`, fitted candidates and
+their mixture in `stacked.py`, weights in `stacking.py`, pictures in `sharing_pictures.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from bayesmeta.checks.baselines import Baseline, baselines, origin_of
-from bayesmeta.checks.metrics import clustered_mean, mean_and_error, per_task
+from bayesmeta.checks.baselines import baselines, origin_of
+from bayesmeta.checks.metrics import clustered_mean, per_task, score_difference, verdict
 from bayesmeta.checks.sharing_pictures import differences
+from bayesmeta.checks.stacked import Member, Stacked, mixed
 from bayesmeta.checks.stacking import stacking_weights
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.fitting import Fit, fit
@@ -25,11 +26,6 @@ from bayesmeta.hierarchy.model import HierarchicalModel
 from bayesmeta.results.arguments import check_tasks, check_whole
 
 NO_POOLING, COMPLETE_POOLING, LEARNED, ROBUST = "no pooling", "complete pooling", "learned prior", "robust"
-CLEAR = 2.0
-"""Standard errors from 0 beyond which a difference is called one."""
-
-Predictor = Callable[[Tasks, Tasks], np.ndarray]
-"""Given rows of some tasks and rows to predict: log density `(task, M)`."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +60,12 @@ class SharingScores:
         return per_task(self._scores(candidate, new))
 
     def difference(self, one: str, other: str, *, new: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Per task the mean difference of two candidates' log scores, and its standard error over rows, `(task,)`."""
-        differences = self._scores(one, new) - self._scores(other, new)
-        pairs = [mean_and_error(row[~np.isnan(row)]) for row in differences]
-        return np.array([mean for mean, _ in pairs]), np.array([error for _, error in pairs])
+        """Per task the mean difference of two candidates' log scores, and its standard error over rows, `(task,)`.
+
+        The error is no less than log(20)/2n for n rows: rows with the same labels are alike by chance too.
+        """
+        mean, error = np.transpose([score_difference(row) for row in self._scores(one, new) - self._scores(other, new)])
+        return mean, error
 
     def total(self, candidate: str, *, over: str | None = None, new: bool = False) -> tuple[float, float]:
         """Mean log score of all rows, or of the paired difference to another candidate, and its standard error.
@@ -102,17 +100,17 @@ class SharingScores:
         """What sharing does for each task: a candidate, by default the best that shares, against no pooling.
 
         "sharing helps" or "negative transfer" where the mean difference over rows is more than two standard errors from
-        0, else "no clear difference".
+        0 (of `difference`: the task's labels are then at least 20 times likelier in all), else "no clear difference".
+        Each task is judged by itself: of tasks that differ in nothing up to 5 % may get a verdict.
         """
-        mean, error = self.difference(self._best_sharing if candidate is None else candidate, NO_POOLING)
-        texts = np.where(mean > CLEAR * error, "sharing helps", "no clear difference")
-        texts = np.where(mean < -CLEAR * error, "negative transfer", texts)
-        return dict(zip(self.names, texts.tolist(), strict=True))
+        shared = self._scores(self._best_sharing if candidate is None else candidate, False)
+        values = shared - self._scores(NO_POOLING, False)
+        return {name: verdict(row) for name, row in zip(self.names, values, strict=True)}
 
     @property
     def hurt(self) -> tuple[str, ...]:
         """Tasks that the best way of sharing hurts."""
-        return tuple(name for name, verdict in self.verdicts().items() if verdict == "negative transfer")
+        return tuple(name for name, text in self.verdicts().items() if text == "negative transfer")
 
     def table(self) -> str:
         """A line a candidate: log score of rows and of left-out tasks, and the differences to no pooling."""
@@ -146,7 +144,7 @@ def compare_sharing(
     models: HierarchicalModel | Mapping[str, Any],
     tasks: Tasks,
     *,
-    folds: int = 5,
+    folds: int | tuple[int, int] = 5,
     context: int | None = 0,
     robust: bool = False,
     method: Any = "amortized",
@@ -158,23 +156,25 @@ def compare_sharing(
     *no pooling* and *complete pooling* keep the first model's predictor and likelihood: φ_i ~ N(φ̂ of complete pooling,
     10² I), noise learned from all tasks, and one uncertain φ for all tasks. x and normal labels are standardised for
     them; where the predictor is a module, x is not, and where it has weights or units of its own, nothing is: weights
-    are those of its fit, and 10 is in its units, so give `multitask` the tasks as `standardize=`. A noise that is part
-    of φ is the task's own without pooling.
+    are those of its fit, and 10 is in its units, so give `multitask` the tasks as `standardize=`; those units are of
+    all rows then, held-out ones too. A noise that is part of φ is the task's own without pooling.
 
     Args:
         models: A model, the *learned prior*, or several by name. The first one is of components.
         tasks: The tasks; those with a single row are scored without rows of their own.
-        folds: Folds of the rows within each task, and of the tasks.
+        folds: Folds of the rows within each task, and of the tasks; a pair where they differ: `(5, len(tasks))` leaves
+            out one task at a time.
         context: Rows of a left-out task that are given; those with no more rows are not scored there. None to leave
             no tasks out.
         robust: Add a candidate that stacks all others with weights from `folds` inside the training rows of each fold,
-            so that it is no worse than the better of no pooling and complete pooling by more than noise.
+            so that it is no worse than the better of no pooling and complete pooling by more than noise. Left-out
+            tasks are scored with weights from the rows of the others. All fits are repeated `folds` times for it.
         method: How models are fitted, as in `bm.fit`.
         draws: Draws of each posterior.
         seed: Of folds, fits and draws.
 
     Returns:
-        Scores with `.table()`, `.verdicts()`, `.hurt`, `.best` and `.plot()`.
+        Scores with `.table()`, `.verdicts()`, `.hurt`, `.best` and `.plot()`; `stack_sharing` predicts with `.weights`.
 
     Raises:
         ValueError: If the first model has no components, names clash, or a task has too few rows.
@@ -184,17 +184,54 @@ def compare_sharing(
         https://doi.org/10.1214/17-BA1091
     """
     check_tasks("tasks", tasks)
-    check_whole("folds", folds, 2)
+    of_rows, of_tasks = folds if isinstance(folds, tuple) and len(folds) == 2 else (folds, folds)
+    check_whole("folds", of_rows, 2)
+    check_whole("folds", of_tasks, 2)
     check_whole("draws", draws, 1)
-    contest = _Contest(_named(models), method, draws, seed)
-    scores = contest.held_out(tasks, folds, inner=folds if robust else 0)
+    contest, inner = _Contest(_named(models), method, draws, seed), of_rows if robust else 0
+    scores = contest.held_out(tasks, of_rows, inner=inner)
     weights: dict[str, float] = {}
     if robust:
         plain = {name: values for name, values in scores.items() if name != ROBUST}
         weights = dict(zip(plain, stacking_weights(np.stack(list(plain.values()))).tolist(), strict=True))
     flagged = dict(contest.flagged)
-    new = {} if context is None else contest.left_out(tasks, folds, context)
+    new = {} if context is None else contest.left_out(tasks, of_tasks, context, inner=inner)
     return SharingScores(tasks.names, scores, new, context or 0, weights, flagged)
+
+
+def stack_sharing(
+    models: HierarchicalModel | Mapping[str, Any],
+    tasks: Tasks,
+    weights: Mapping[str, float],
+    *,
+    method: Any = "amortized",
+    draws: int = 1000,
+    seed: int = 0,
+) -> Stacked:
+    """The robust prior to predict with: all candidates learned from all tasks, mixed.
+
+    Args:
+        models: As in `compare_sharing`.
+        tasks: The tasks to learn from.
+        weights: `SharingScores.weights` of `compare_sharing(..., robust=True)`.
+        method: How models are fitted, as in `bm.fit`.
+        draws: Draws of each posterior.
+        seed: Of fits and draws.
+
+    Returns:
+        What `.predict(context, x)` gives `.mean`, `.interval(0.9)` and `.log_prob(y)` of.
+
+    Raises:
+        ValueError: If weights are not those of the candidates, or what `compare_sharing` refuses.
+    """
+    check_tasks("tasks", tasks)
+    check_whole("draws", draws, 1)
+    named = _named(models)
+    expected = [*named, NO_POOLING, COMPLETE_POOLING]
+    if set(weights) != set(expected):
+        raise ValueError(f"weights: expected one for each of {expected}, got {dict(weights)}; robust=True finds them")
+    members = {member.name: member for member in _Contest(named, method, draws, seed).members(tasks)}
+    return Stacked({name: float(weights[name]) for name in members}, members, seed)
 
 
 def row_folds(tasks: Tasks, folds: int, *, seed: int) -> np.ndarray:
@@ -231,10 +268,9 @@ class _Contest:
         parts: list[dict[str, np.ndarray]] = []
         for k in range(folds):
             target, given = tasks.split_rows(torch.as_tensor(fold == k))
-            scores = {name: predict(given, target) for name, predict in self._fitted(given)}
+            scores = self._scores(given, given, target)
             if inner:
-                chosen = self._weights(given, inner)
-                scores[ROBUST] = mixed(scores, chosen)
+                scores[ROBUST] = mixed(scores, self._weights(given, inner))
             parts.append({name: _flat(values, target) for name, values in scores.items()})
         return {name: _padded(tasks, fold, [part[name] for part in parts]) for name in parts[0]}
 
@@ -243,54 +279,41 @@ class _Contest:
         inside = dataclasses.replace(self, seed=self.seed + 1).held_out(given, folds, inner=0)
         return dict(zip(inside, stacking_weights(np.stack(list(inside.values()))).tolist(), strict=True))
 
-    def left_out(self, tasks: Tasks, folds: int, context: int) -> dict[str, np.ndarray]:
-        """Log densities `(task, M)` of the rows of tasks that were not trained on, but for the rows given."""
+    def left_out(self, tasks: Tasks, folds: int, context: int, *, inner: int) -> dict[str, np.ndarray]:
+        """Log densities `(task, M)` of the rows of tasks that were not trained on, but for the rows given.
+
+        With `inner`, `ROBUST` too, its weights from the rows of the other tasks.
+        """
         count = min(folds, len(tasks))
         fold = np.random.default_rng(self.seed).permutation(len(tasks)) % count
         found: dict[str, np.ndarray] = {}
         for k in range(count):
-            new = tasks[np.flatnonzero(fold == k)]
-            given, target = new.context_target(context=context, seed=self.seed)
-            for name, predict in self._fitted(tasks[np.flatnonzero(fold != k)]):
-                scores = found.setdefault(name, np.full((len(tasks), int(max(tasks.sizes))), np.nan))
-                values = predict(given, target)
-                scores[np.flatnonzero(fold == k), : values.shape[1]] = values
+            known, new = tasks[np.flatnonzero(fold != k)], tasks[np.flatnonzero(fold == k)]
+            scores = self._scores(known, *new.context_target(context=context, seed=self.seed))
+            if inner:
+                scores[ROBUST] = mixed(scores, self._weights(known, inner))
+            for name, values in scores.items():
+                into = found.setdefault(name, np.full((len(tasks), int(max(tasks.sizes))), np.nan))
+                into[fold == k, : values.shape[1]] = values
         return found
 
-    def _fitted(self, known: Tasks) -> Iterator[tuple[str, Predictor]]:
+    def _scores(self, known: Tasks, given: Tasks, target: Tasks) -> dict[str, np.ndarray]:
+        """Log densities `(task, M)` of rows given others, by candidate, all of them learned from `known`."""
+        found: dict[str, np.ndarray] = {}
+        for member in self.members(known):
+            found[member.name], flagged = member.scores(given, target)
+            self.flagged[member.name] += flagged
+        return found
+
+    def members(self, known: Tasks) -> Iterator[Member]:
+        """All candidates, learned from some tasks."""
         for place, (name, model) in enumerate(self.models.items()):
             learned = fit(model, known, method=self.method, seed=self.seed, progress=False)
             if not place:
                 first = learned
-            yield name, self._predictor(name, learned)
+            yield Member.of_fit(name, learned, draws=self.draws, seed=self.seed)
         plain = _with_trained_parts(next(iter(self.models.values())), first)
-        for baseline in baselines(plain, known, draws=self.draws, seed=self.seed):
-            yield baseline.name, self._baseline(baseline)
-
-    def _predictor(self, name: str, learned: Fit) -> Predictor:
-        def predict(given: Tasks, target: Tasks) -> np.ndarray:
-            posterior = learned.posterior(given, draws=self.draws, seed=self.seed)
-            self.flagged[name] += sum(map(bool, posterior.flag))
-            sites = learned._density.structure.outcomes
-            return _summed([posterior.predict(target, site=site).log_prob() for site in sites])
-
-        return predict
-
-    def _baseline(self, baseline: Baseline) -> Predictor:
-        def predict(given: Tasks, target: Tasks) -> np.ndarray:
-            found, flags = baseline.predict(given, target)
-            self.flagged[baseline.name] += sum(map(bool, flags))
-            return _summed([one.log_prob() for one in found]) - np.log(baseline.units.y_scale)
-
-        return predict
-
-
-def mixed(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Log density of a mixture of candidates, `(task, M)`."""
-    with np.errstate(divide="ignore"):
-        terms = np.stack([scores[name] + np.log(weight) for name, weight in weights.items()])
-    result: np.ndarray = np.logaddexp.reduce(terms, 0)
-    return result
+        yield from map(Member.of_baseline, baselines(plain, known, draws=self.draws, seed=self.seed))
 
 
 def _with_trained_parts(model: HierarchicalModel, learned: Fit) -> HierarchicalModel:
@@ -298,12 +321,6 @@ def _with_trained_parts(model: HierarchicalModel, learned: Fit) -> HierarchicalM
     if "predictor" not in learned.modules:
         return model
     return model.with_predictor(learned.modules["predictor"].requires_grad_(False))
-
-
-def _summed(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The log density of all observed labels of a row, NaN where there is none."""
-    stacked = np.stack(parts)
-    return np.where(np.isnan(stacked).all(0), np.nan, np.nansum(stacked, 0))
 
 
 def _flat(values: np.ndarray, tasks: Tasks) -> np.ndarray:

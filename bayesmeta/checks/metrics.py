@@ -14,6 +14,10 @@ import numpy as np
 
 LEVELS = tuple(np.linspace(0.05, 0.95, 20))
 """Levels at which calibration is measured."""
+CLEAR = 2.0
+"""Standard errors from 0 beyond which a difference is called one."""
+ODDS = 20.0
+"""How much likelier all labels of a task are under the better of two candidates before a difference is called one."""
 
 
 def per_task(values: np.ndarray) -> np.ndarray:
@@ -46,6 +50,37 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     if len(values) < 2:
         return (float(values[0]) if len(values) else math.nan), math.nan
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def score_difference(values: np.ndarray) -> tuple[float, float]:
+    """Mean over a task's rows of the difference of two log scores, and its standard error.
+
+    Rows whose labels are all the same hardly differ, and their spread says nothing of labels that did not come: a task
+    without positives, however rare they are. So the error is no less than log(20)/2n, with which two errors are log 20
+    nats in all. If the labels of a task come from one predictive, another gives them 20 times its density with
+    probability 1/20 at most (Markov's inequality; exact if each row is predicted from rows before it).
+
+    Args:
+        values: Differences in nats `(row,)`; NaN is left out.
+
+    Returns:
+        (mean, standard error); the error is NaN for one row, both are for none.
+    """
+    mean, error = mean_and_error(values)
+    return mean, error if math.isnan(error) else max(error, math.log(ODDS) / CLEAR / int((~np.isnan(values)).sum()))
+
+
+def verdict(values: np.ndarray) -> str:
+    """What sharing does for a task, from the differences of its rows' log scores to those of no pooling.
+
+    Returns:
+        "sharing helps" or "negative transfer" if the mean is more than two standard errors of `score_difference` from
+        0, else "no clear difference".
+    """
+    mean, error = score_difference(values)
+    if mean > CLEAR * error:
+        return "sharing helps"
+    return "negative transfer" if mean < -CLEAR * error else "no clear difference"
 
 
 def clustered_mean(values: np.ndarray) -> tuple[float, float]:

@@ -6,7 +6,7 @@ baselines are in `baselines.py`, the scores in `metrics.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -147,14 +147,14 @@ class Comparison:
         """What sharing does for each task: held-out log score of the learned prior against no pooling.
 
         "sharing helps" or "negative transfer" where the mean difference over rows is more than two standard errors
-        from 0, else "no clear difference".
+        from 0 (`metrics.score_difference`), else "no clear difference".
         """
         mine, alone = (self.held_out[scheme, context] for scheme in (SCHEMES[2], SCHEMES[0]))
         rows: dict[str, list[float]] = {}
         for a, b in zip(mine, alone, strict=True):
             for name, difference in zip(a.names, a.log_prob - b.log_prob, strict=True):
                 rows.setdefault(name, []).extend(difference[~np.isnan(difference)].tolist())
-        return {name: _verdict(np.array(values)) for name, values in rows.items()}
+        return {name: metrics.verdict(np.array(values)) for name, values in rows.items()}
 
     def table(self) -> str:
         """Mean held-out log score and RMSE, and the share of rows in 90 % intervals, a line a scheme and context."""
@@ -247,12 +247,3 @@ def _of_baseline(baseline: Baseline, context: Tasks, target: Tasks, given: np.nd
 
 def _cell(value: float, error: float) -> str:
     return f"{value:.3f} ± {error:.3f}"
-
-
-def _verdict(difference: np.ndarray) -> str:
-    mean, error = metrics.mean_and_error(difference)
-    bounds: tuple[tuple[str, Callable[[], bool]], ...] = (
-        ("sharing helps", lambda: mean > 2 * error),
-        ("negative transfer", lambda: mean < -2 * error),
-    )
-    return next((text for text, holds in bounds if holds()), "no clear difference")

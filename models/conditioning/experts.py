@@ -2,6 +2,8 @@
 
 π_i(x) = softmax(g_i + G_i x), f = W_i Σ_e π_ie(x) h_e(x) + b_i: a mixture of functions with a gate of each task.
 
+Deviation from the paper: by name there is no G_i, as the length of x is not known then; `Experts(inputs=…)` has it.
+
 References:
     Ma, Zhao, Yi, Chen, Hong, Chi: Modeling Task Relationships in Multi-task Learning with Multi-gate
     Mixture-of-Experts, 2018, https://doi.org/10.1145/3219819.3220007

@@ -27,13 +27,16 @@ SCALED = (bm.likelihoods.Normal, bm.likelihoods.StudentT, bm.likelihoods.Locatio
 
 
 class OwnNoise(Conditioned):
-    """A function with a log noise sd of each task behind some of its numbers, a block of φ: `log_noise`."""
+    """A function with a log noise sd of each task behind some of its numbers, a block of φ: `log_noise`.
+
+    Its scale is learned whatever the tasks share otherwise: with hard sharing noises would be one.
+    """
 
     def __init__(self, function: Conditioned, places: tuple[int, ...]) -> None:
         """Puts a log noise behind each of the places among the function's numbers."""
         super().__init__()
         self.function, self.places = function, places
-        self.blocks = Blocks((*function.blocks.all, Block("log_noise", (len(places),))))
+        self.blocks = Blocks((*function.blocks.all, Block("log_noise", (len(places),), free=True)))
 
     def evaluate(self, parts: dict[str, Tensor], x: Tensor) -> Tensor:
         """Numbers and log noises side by side."""

@@ -30,11 +30,13 @@ class Block:
         name: What it is ("weight").
         shape: Of one task's values.
         centre: Where tasks lie around; None to learn it.
+        free: Whether its scale is learned even where a prior fixes those of all others.
     """
 
     name: str
     shape: tuple[int, ...]
     centre: float | None = None
+    free: bool = False
 
     @property
     def size(self) -> int:
@@ -135,6 +137,11 @@ class Sharing(bm.priors.Prior, abc.ABC):
     def learned_scales(self, shared: Mapping[str, Tensor]) -> Tensor:
         """The learned scales `(…, k)`, one a block or one a number of φ, of θ or draws of it."""
         return shared["tau"]
+
+    @property
+    def scaled(self) -> list[str]:
+        """What the learned scales are of, by name."""
+        return [block.name for block in self.blocks.all]
 
     def over(self, blocks: Blocks) -> Self:
         """Returns this prior over some blocks."""

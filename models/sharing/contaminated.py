@@ -78,6 +78,11 @@ class Contaminated(Sharing):
         """Those of the inner prior."""
         return self.inner.learned_scales(shared)
 
+    @property
+    def scaled(self) -> list[str]:
+        """Those of the inner prior."""
+        return self.inner.scaled
+
     def similarity(self, phi: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """That of the inner prior, times the probabilities that both tasks follow it `(T, T)`."""
         follows = torch.zeros(phi.shape[1], dtype=phi.dtype)

@@ -34,7 +34,7 @@ class Gaussian(Sharing):
 
     Args:
         scale: None to learn τ, the shared site `tau`; or a number ≥ 0 for all of φ: 0 is hard sharing, a large one
-            makes the tasks independent.
+            makes the tasks independent. A noise of each task's own keeps its learned τ.
         by: One τ a "block", or one a "coordinate" of φ.
         cov: "diag", or "full" to learn the correlations R of φ, the shared site `corr` (a Cholesky factor).
         spread: For by="coordinate": pool the scales too. log τ of a coordinate ~ N(log τ of its block, spread²), the
@@ -67,11 +67,6 @@ class Gaussian(Sharing):
         if self.scale is not None and not (isinstance(self.scale, int | float) and 0 <= self.scale < math.inf):
             raise ValueError(f"Gaussian: expected scale as None or a finite number ≥ 0, got {self.scale!r}")
 
-    def _check_pooled(self, spread: float) -> None:
-        positive(self, spread=spread)
-        if self.by != "coordinate" or self.scale is not None:
-            raise ValueError('Gaussian: spread pools learned scales; expected by="coordinate" and scale=None with it')
-
     def _refuse_correlations(self) -> None:
         if self.scale == 0:
             raise ValueError('Gaussian: scale=0 is hard sharing, which has no correlations; use cov="diag"')
@@ -85,6 +80,8 @@ class Gaussian(Sharing):
         if self.scale is None:
             apart = self.by == "coordinate" and self.spread is None
             sites |= self.scales(self.d if apart else len(self.blocks.all))
+        elif self._free:
+            sites |= self.scales(len(self._free))
         if self.spread is not None:
             sites["log_ratio"] = dist.Normal(torch.zeros(self.d), self.spread).to_event(1)
         if self.cov == "full":
@@ -101,9 +98,29 @@ class Gaussian(Sharing):
     def tau(self, shared: Mapping[str, Tensor]) -> Tensor:
         """Prior sd of each number of φ `(d,)`."""
         if self.scale is not None:
-            return torch.full((self.d,), max(float(self.scale), HARD))
+            return self._fixed(max(float(self.scale), HARD), shared)
         scales = self.learned_scales(shared)
         return scales[self.blocks.index] if self.by == "block" else scales
+
+    def _fixed(self, scale: float, shared: Mapping[str, Tensor]) -> Tensor:
+        """One sd for all numbers but those whose scale is free."""
+        places = {name: i for i, name in enumerate(self._free)}
+        parts = [
+            shared["tau"][places[b.name]].expand(b.size) if b.free else torch.full((b.size,), scale)
+            for b in self.blocks.all
+        ]
+        return torch.cat(parts)
+
+    @property
+    def _free(self) -> list[str]:
+        return [block.name for block in self.blocks.all if block.free]
+
+    @property
+    def scaled(self) -> list[str]:
+        """Blocks or coordinates; where the scale is fixed, the blocks whose own is free."""
+        if self.scale is not None:
+            return self._free
+        return super().scaled if self.by == "block" else self.blocks.names
 
     def learned_scales(self, shared: Mapping[str, Tensor]) -> Tensor:
         """τ of each block or coordinate `(…, k)`."""

@@ -1,7 +1,11 @@
 """The multivariate Laplace prior, p(φ_i | θ) ∝ exp(−‖(φ_i − centre)/τ‖): the unsquared norm as a penalty.
 
-Its mode ties tasks to the centre exactly, and few tasks may lie far away. It is written as a map of standard normal
-noise along its radius, smooth where the density has its kink, so that every method treats it as any other prior.
+The mode of φ_i given θ lies at the centre exactly unless the task's data pull harder than 1/τ (draws and means lie near
+it), and few tasks may lie far away. It is written as a map of standard normal noise along its radius, smooth where the
+density has its kink, so that every method treats it as any other prior.
+
+Deviation: the penalty is the distance to one centre, not Σ ‖φ_i − φ_j‖ over pairs. It ties tasks to the centre, not to
+each other in several groups (for those `Clusters`), so that given θ tasks are independent and a new one has a prior.
 
 References:
     Eltoft, Kim, Lee: On the multivariate Laplace distribution, 2006, https://doi.org/10.1109/LSP.2006.870353

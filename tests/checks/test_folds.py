@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bayesmeta as bm
 from bayesmeta.checks import folds
-from bayesmeta.checks.folds import COMPLETE_POOLING, LEARNED, NO_POOLING, ROBUST, mixed, row_folds
+from bayesmeta.checks.folds import COMPLETE_POOLING, LEARNED, NO_POOLING, ROBUST, SharingScores, row_folds
 
 NOISE = 0.5
 METHOD = bm.Marginal(shared="normal", chains=2, draws=200)
@@ -70,6 +70,47 @@ def test_what_is_shared_decides() -> None:
     assert not any(apart.flagged.values()) and "left-out tasks" in apart.table()
 
 
+def rare(rate: np.ndarray, *, rows: int, seed: int) -> tuple[SharingScores, np.ndarray]:
+    """Scores of Bernoulli tasks on three folds, Beta posteriors: one rate for all, or each its own; and positives."""
+    y = np.random.default_rng(seed).random((len(rate), rows)) < rate[:, None]
+    fold = np.arange(rows) % 3
+    one, own = np.empty((2, *y.shape))
+    for k in range(3):
+        given, here = y[:, fold != k], fold == k
+        pooled = (given.sum() + 0.5) / (given.size + 1)
+        alone = (given.sum(1, keepdims=True) + 0.1 * pooled) / (given.shape[1] + 0.1)
+        for scores, p in ((one, pooled), (own, alone)):
+            scores[:, here] = np.log(np.where(y[:, here], p, 1 - p))
+    names = tuple(f"t{i}" for i in range(len(rate)))
+    return SharingScores(names, {COMPLETE_POOLING: one, NO_POOLING: own}, {}, 0, {}, {}), y.sum(1)
+
+
+@pytest.mark.parametrize(("rate", "rows"), [(0.06, 30), (0.02, 30), (0.02, 100), (0.2, 10)])
+def test_rare_positives_are_no_negative_transfer(rate: float, rows: int) -> None:
+    """Identical tasks: those without positives score the same difference in every row, and are not hurt for that."""
+    hurt, without = 0, 0
+    for seed in range(20):
+        scores, positives = rare(np.full(16, rate), rows=rows, seed=seed)
+        hurt += len(scores.hurt)
+        without += int((positives == 0).sum())
+    assert without > 20 and hurt <= 0.05 * 320
+
+
+def test_a_task_without_positives_that_sharing_hurts_is_found() -> None:
+    """None of 100 where others have one in ten: 10 nats."""
+    scores, positives = rare(np.r_[0.0, np.full(15, 0.1)], rows=100, seed=0)
+    assert positives.min() == positives[0] == 0 and "t0" in scores.hurt
+
+
+def test_tasks_that_are_hurt_are_found_beside_one_that_is_nothing_like_them() -> None:
+    """What is said of a task does not depend on how much others scatter."""
+    rng = np.random.default_rng(0)
+    plain = np.zeros((6, 30))
+    loss = np.r_[-200.0, np.full(5, -0.5)][:, None] + np.r_[60.0, np.full(5, 0.5)][:, None] * rng.normal(size=(6, 30))
+    names = tuple("abcdef")
+    assert SharingScores(names, {NO_POOLING: plain, LEARNED: loss}, {}, 0, {}, {}).hurt == names
+
+
 def test_robust_sharing_is_chosen_inside_the_outer_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of an outer fold are found from the other rows alone: other labels in that fold change nothing."""
     tasks = tasks_of(0.3, count=4, rows=6)
@@ -94,10 +135,26 @@ def test_robust_sharing_is_chosen_inside_the_outer_fold(monkeypatch: pytest.Monk
     assert ROBUST in scores.rows and sum(scores.weights.values()) == pytest.approx(1.0)
 
 
-def test_a_mixture_is_the_weighted_mean_density() -> None:
-    scores = {"a": np.log([[0.2, 0.5]]), "b": np.log([[0.6, 0.1]])}
-    np.testing.assert_allclose(np.exp(mixed(scores, {"a": 0.75, "b": 0.25})), [[0.3, 0.4]])
-    np.testing.assert_allclose(np.exp(mixed(scores, {"a": 1.0, "b": 0.0})), [[0.2, 0.5]])
+def test_left_out_tasks_are_scored_by_what_is_known_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four folds of tasks beside two of rows: each task is scored once, and the weights of `ROBUST` do not know it."""
+    seen: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+
+    def scored(contest: Any, known: bm.Tasks, given: bm.Tasks, target: bm.Tasks) -> dict[str, np.ndarray]:
+        seen.append((known.names, target.names))
+        shape = len(target), int(max(target.sizes))
+        return {name: np.full(shape, score) for name, score in ((LEARNED, -1.0), (NO_POOLING, -2.0))}
+
+    monkeypatch.setattr(folds._Contest, "_scores", scored)
+    tasks = tasks_of(1.0, count=4, rows=6)
+    scores = bm.compare_sharing(model(), tasks, folds=(2, 4), robust=True)
+    assert scores.new.keys() == {LEARNED, NO_POOLING, ROBUST}
+    np.testing.assert_allclose(scores.new[ROBUST], -1.0, atol=1e-6)
+    of_tasks = seen[2 * (1 + 2) :]
+    left_out = [target for _, target in of_tasks[::3]]
+    assert sorted(left_out) == [(name,) for name in tasks.names]
+    for i, (name,) in enumerate(left_out):
+        others = set(tasks.names) - {name}
+        assert all(set(known) == others for known, _ in of_tasks[3 * i : 3 * i + 3])
 
 
 def test_folds_are_even_within_tasks() -> None:
@@ -149,6 +206,7 @@ def test_several_outputs_are_scored_together() -> None:
         (lambda batch: None, {}, "need a bm.HierarchicalModel"),
         (model(lambda shared: torch.distributions.Normal(0.0, 1.0)), {}, "has to define `origin`"),
         (model(), {"folds": 1}, "folds"),
+        (model(), {"folds": (2, 1)}, "folds"),
     ],
 )
 def test_what_cannot_be_compared(models: Any, options: dict[str, Any], expected: str) -> None:
@@ -157,7 +215,7 @@ def test_what_cannot_be_compared(models: Any, options: dict[str, Any], expected:
 
 
 def test_unknown_candidates_are_said() -> None:
-    scores = folds.SharingScores(("a",), {NO_POOLING: np.zeros((1, 2))}, {}, 0, {}, {})
+    scores = SharingScores(("a",), {NO_POOLING: np.zeros((1, 2))}, {}, 0, {}, {})
     with pytest.raises(ValueError, match="held-out rows, got 'x'"):
         scores.total("x")
     with pytest.raises(ValueError, match="left-out tasks"):

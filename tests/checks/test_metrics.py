@@ -26,6 +26,19 @@ def test_one_task_has_no_standard_error_and_none_no_mean() -> None:
     assert all(math.isnan(v) for v in metrics.mean_and_error(np.array([NAN])))
 
 
+def test_alike_differences_of_log_scores_are_not_certain() -> None:
+    """Two errors are log 20 nats in all, or what rows tell where that is more; one row tells nothing."""
+    mean, error = metrics.score_difference(np.array([-0.05] * 30 + [NAN]))
+    assert mean == pytest.approx(-0.05) and 2 * 30 * error == pytest.approx(math.log(20))
+    spread = np.random.default_rng(0).normal(size=400)
+    assert metrics.score_difference(spread) == metrics.mean_and_error(spread)
+    assert math.isnan(metrics.score_difference(np.array([-50.0]))[1])
+    assert metrics.verdict(np.full(30, -0.09)) == "no clear difference"
+    assert metrics.verdict(np.full(30, -0.11)) == "negative transfer"
+    assert metrics.verdict(np.full(30, 0.11)) == "sharing helps"
+    assert metrics.verdict(np.array([-50.0])) == metrics.verdict(np.array([NAN])) == "no clear difference"
+
+
 def test_rmse_and_its_error_by_the_delta_method() -> None:
     squared = np.random.default_rng(0).gamma(3.0, size=400)
     value, error = metrics.root(squared)

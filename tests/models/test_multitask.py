@@ -184,7 +184,18 @@ def trunk() -> nn.Module:
     return nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh())
 
 
-SCHEMES = ("multi_head", "independent", "concat", "additive", "multiplicative", "film", "gates", "experts", "sluice")
+SCHEMES = (
+    "multi_head",
+    "independent",
+    "concat",
+    "additive",
+    "multiplicative",
+    "film",
+    "gates",
+    "experts",
+    "cross_stitch",
+    "sluice",
+)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -201,16 +212,34 @@ def test_every_conditioning_fits_and_meets_a_new_task(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gaussian", "laplace", "factors", "clusters"])
-def test_every_sharing_prior_fits_and_meets_a_new_task(name: str) -> None:
+def test_every_sharing_prior_fits_meets_a_new_task_and_is_drawn(name: str) -> None:
     torch.set_default_dtype(torch.float32)
     tasks = lines()
     model = bm.models.multitask(features=D, sharing=name)
     fit = bm.fit(model, tasks, method=bm.Amortized(optimizer=bm.Optimizer(steps=40)), seed=0, progress=False)
     new = tasks.copies([0, 1], names=["new", "newer"])
-    for some in (tasks, new):
-        post = fit.posterior(some, draws=40, refine="none")
+    posts = [fit.posterior(some, draws=40, refine="none") for some in (tasks, new)]
+    for some, post in zip((tasks, new), posts, strict=True):
         assert np.isfinite(post.mean("phi")).all() and np.isfinite(post.predict(some).mean).all()
     assert fit.prior(draws=5).draws("phi").shape[0] == 5
+    scales, similar = model.plot_scales(fit).axes[0], model.plot_similarity(posts[0]).axes[0]
+    assert [label.get_text() for label in scales.get_yticklabels()] == ["weight", "bias"]
+    assert np.isfinite(similar.images[0].get_array()).all()
+
+
+def test_minimax_raises_the_worst_task() -> None:
+    """One slope for five tasks of slope 1 and one of -1: the mean is 2/3, the soft worst case near 0.3."""
+    torch.set_default_dtype(torch.float32)
+    x = np.tile(np.linspace(-1.7, 1.7, 10)[:, None], (6, 1, 1))
+    tasks = bm.Tasks.from_arrays(list(x), list(x[..., 0] * np.array([1.0] * 5 + [-1.0])[:, None]))
+    worst = []
+    for objective in ("elbo", "minimax"):
+        model = bm.models.multitask(nn.Linear(1, 1), conditioning="hard", likelihood=bm.likelihoods.Normal(1.0), seed=1)
+        method = bm.Amortized(shared="map", objective=objective, held_out=0, optimizer=bm.Optimizer(steps=120))
+        fit = bm.fit(model, tasks, method=method, progress=False)
+        mean = fit.posterior(tasks, draws=20, refine="none").predict(tasks, kind="mean").mean
+        worst.append(float(np.square(mean - tasks.y.numpy().reshape(6, 10)).mean(1).max()))
+    assert worst[1] < worst[0] - 0.5
 
 
 def test_weights_do_not_touch_the_global_seed() -> None:
@@ -300,13 +329,25 @@ def test_standard_units_are_undone_in_predictions() -> None:
     np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-3)
 
 
-def test_a_noise_of_each_task_is_found() -> None:
-    """Noise sds from .1 to 1 in tasks of 40 rows: their order and size."""
+@pytest.mark.parametrize("conditioning", ["multi_head", "hard"])
+def test_a_noise_of_each_task_is_found(conditioning: str) -> None:
+    """Noise sds from .1 to 1 in tasks of 40 rows: their order and size, with one head for all too."""
     rng = np.random.default_rng(0)
     sd = np.geomspace(0.1, 1.0, 6)
     y = 1.0 + sd[:, None] * rng.normal(size=(6, 40))
     tasks = bm.Tasks.from_arrays(list(rng.normal(size=(6, 40, 1))), list(y))
-    model = bm.models.multitask(features=1, noise="task")
+    model = bm.models.multitask(features=1, conditioning=conditioning, noise="task")
     fit = bm.fit(model, tasks, method=bm.Marginal(shared="map", chains=1, draws=100), progress=False)
     post = fit.posterior(tasks, draws=300)
     np.testing.assert_allclose(post.mean("phi")[:, -1], np.log(y.std(1)), atol=0.25)
+    if conditioning == "hard":
+        assert np.ptp(post.mean("phi")[:, :-1], 0).max() < 1e-9
+        assert [label.get_text() for label in model.plot_scales(fit).axes[0].get_yticklabels()] == ["log_noise"]
+
+
+def test_independent_networks_have_noises_that_are_shared_softly() -> None:
+    """Sd 10 of every weight, and a learned one of log noises."""
+    prior = bm.models.multitask(trunk(), conditioning="independent", noise="task").sharing
+    assert set(prior.shared) == {"mu", "tau"} and prior.scaled == ["log_noise"]
+    sds = prior.variance({"tau": torch.tensor([0.3])}).sqrt()
+    torch.testing.assert_close(sds, torch.cat([torch.full((prior.d - 1,), 10.0), torch.tensor([0.3])]))

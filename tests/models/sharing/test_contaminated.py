@@ -124,4 +124,5 @@ def test_odd_tasks_do_not_widen_the_others() -> None:
     odd = {site: torch.as_tensor(values) for site, values in post.shared.items()}
     alike = prior.over(level).similarity(torch.as_tensor(post["phi"]), odd).numpy()
     assert found["plain"] > 2 and found["odd"] < 0.35
+    assert prior.over(level).scaled == ["level"]
     assert np.abs(alike[12:] - np.eye(16)[12:]).max() < 0.05

@@ -92,6 +92,17 @@ def test_hard_sharing_leaves_no_distance() -> None:
     np.testing.assert_allclose(fn.sample((5,)).numpy(), np.tile(CENTRE, (5, 1)), rtol=0, atol=10 * HARD)
 
 
+@pytest.mark.parametrize("scale", [0, 3.0])
+@pytest.mark.parametrize("by", ["block", "coordinate"])
+def test_a_free_block_keeps_its_learned_scale(scale: float, by: Any) -> None:
+    blocks = Blocks((Block("weight", (2,)), Block("noise", (2,), free=True)))
+    prior = Gaussian(scale=scale, by=by).over(blocks)
+    assert {name: tuple(fn.event_shape) for name, fn in prior.shared.items()} == {"mu": (4,), "tau": (1,)}
+    assert prior.tau({"tau": torch.tensor([0.7])}).tolist() == [scale or HARD] * 2 + [0.7] * 2
+    assert prior.scaled == ["noise"]
+    assert Gaussian(by=by).over(blocks).scaled == (["weight", "noise"] if by == "block" else blocks.names)
+
+
 @pytest.mark.parametrize("scale", [-0.1, math.inf, math.nan, "1"])
 def test_scales_out_of_range(scale: Any) -> None:
     with pytest.raises(ValueError, match=rf"Gaussian: expected scale as None or a finite number ≥ 0, got {scale!r}"):

@@ -164,6 +164,24 @@ def test_gradients_of_the_density() -> None:
             torch.testing.assert_close(one, other)
 
 
+def test_the_mode_ties_tasks_to_the_centre_unless_their_data_pull_hard() -> None:
+    """Normal data of sd s: μ + (1 − s²/(τ r))₊ (y − μ), r = ‖y − μ‖; nothing near is better, and it is concave."""
+    tau, s, mu = 0.5, 0.4, torch.tensor([1.0, -2.0])
+    prior = Laplace().over(Blocks((Block("all", (2,)),)))
+    fn: Any = prior.distribution({"mu": mu, "tau": torch.tensor([tau])}, None)  # type: ignore[arg-type]
+    off = torch.nn.functional.normalize(torch.randn(4, 2), dim=1) * torch.tensor([[0.05], [0.3], [0.33], [2.0]])
+
+    def log_joint(phi: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = fn.log_prob(phi) - (mu + off - phi).square().sum(-1) / (2 * s**2)
+        return found
+
+    mode = mu + (1 - s**2 / (tau * off.norm(dim=1, keepdim=True))).clamp(min=0) * off
+    assert (mode == mu).all(1).tolist() == [True, True, False, False]
+    directions = torch.nn.functional.normalize(torch.randn(64, 1, 2), dim=-1)
+    for step in (1e-5, 1e-3, 0.1):
+        assert (log_joint(mode + step * directions) < log_joint(mode)).all()
+
+
 def test_variance() -> None:
     """τ² E‖v‖²/d, E‖v‖² = d (d + 1) for a Gamma(d) distance."""
     prior = Laplace().over(Blocks((Block("a", (2,)), Block("b", (), 0.0))))
