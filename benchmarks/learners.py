@@ -167,12 +167,12 @@ def _last_layer_exactly(suite: Suite, steps: int) -> bm.Amortized:
     return bm.Amortized(shared="map", guide=bm.guides.Exact(), optimizer=optimizer)
 
 
-def _by_marginal(build: Callable[[int], bm.HierarchicalModel], *, most: int | None = None) -> Learner:
-    """A learner from `build(inputs)` whose θ is optimised on the evidence of at most so many tasks, without steps."""
+def _by_marginal(build: Callable[[bm.Tasks], bm.HierarchicalModel], *, most: int | None = None) -> Learner:
+    """A learner from `build(tasks)` whose θ is optimised on the evidence of at most so many tasks, without steps."""
 
     def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
         with building():
-            model = build(tasks.x.shape[1])
+            model = build(tasks)
         method = bm.Marginal(shared="map", chains=1)
         return Hierarchical(bm.fit(model, tasks[:most], method=method, seed=seed, progress=False), "auto")
 
@@ -185,7 +185,15 @@ def _two_kinds(suite: Suite, steps: int) -> bm.Amortized:
 
 def _hierarchical_gp(kernel: str) -> Learner:
     """The kernel of each task its own."""
-    return _by_marginal(lambda dim: models.hierarchical_gp.build(kernel, dim=dim), most=KERNEL_TASKS)
+    return _by_marginal(lambda tasks: models.hierarchical_gp.build(kernel, dim=tasks.x.shape[1]), most=KERNEL_TASKS)
+
+
+def _deep_kernel(tasks: bm.Tasks) -> bm.HierarchicalModel:
+    """One kernel for all tasks on two learned features of their inputs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        features = nn.Sequential(nn.Linear(tasks.x.shape[1], 20), nn.Tanh(), nn.Linear(20, 2))
+    return models.hierarchical_gp.build(dim=2, hyper="shared", features=features)
 
 
 def _shared_process(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
@@ -202,6 +210,8 @@ LEARNERS: dict[str, Learner] = {
     "shared-process": _shared_process,
     "hierarchical-gp": _hierarchical_gp("rbf"),
     "hierarchical-gp-matern52": _hierarchical_gp("matern52"),
+    "deep-kernel": _by_marginal(_deep_kernel, most=KERNEL_TASKS),
+    "latent-gp": _by_marginal(lambda tasks: models.latent_gp.build(tasks, bm.likelihoods.Normal()), most=KERNEL_TASKS),
     "alpaca": hierarchical(_last_layer, _last_layer_exactly),
     "pacoh-gp": hierarchical(lambda suite, tasks, seed: models.pacoh_gp.build(tasks, seed=seed), _pacoh_gp),
     "pacoh-nn": _weights(models.pacoh_nn),
@@ -210,6 +220,6 @@ LEARNERS: dict[str, Learner] = {
     "bmaml": _weights(models.bmaml),
     "maml": conditional(models.maml.build),
     "two-kinds": hierarchical(lambda suite, tasks, seed: sinusoid_or_line.build(), _two_kinds),
-    "sensors": _by_marginal(sensors.build),
+    "sensors": _by_marginal(lambda tasks: sensors.build(tasks.x.shape[1])),
     "multi-head": hierarchical(_network, _by_evidence),
 }

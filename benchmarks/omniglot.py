@@ -1,7 +1,8 @@
 """Few-shot Omniglot on the official split: `python -m benchmarks.omniglot [--model versa] [--data DIR]`.
 
-Trains once on one thread on the background alphabets, then prints accuracy ± standard error over episodes of the
-evaluation alphabets, the expected calibration error, and the official 20 one-shot runs within alphabets (20-way).
+Trains once on one thread on the background alphabets, then prints accuracy and log score a query ± standard error over
+episodes of the evaluation alphabets, the expected calibration error, and the official 20 one-shot runs within
+alphabets (20-way).
 `DIR` holds `omniglot_28_gray.npz` (x `(N, 28, 28)` uint8, class_id, evaluation) and `all_runs.zip`.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import pathlib
 import time
 import zipfile
@@ -57,17 +59,22 @@ def train(learner: bm.ConditionalModel, source: bm.Source, steps: int, seed: int
     return bm.fit(learner, source, method=bm.Amortized(optimizer=optimizer), seed=seed, progress=False)
 
 
-def evaluate(fit: bm.ConditionalFit, source: bm.families.ImageClasses) -> tuple[float, float, float]:
-    """Accuracy, its standard error over episodes, and expected calibration error."""
-    generator, confidence, correct = torch.Generator().manual_seed(1), [], []
+def evaluate(fit: bm.ConditionalFit, source: bm.families.ImageClasses) -> dict[str, float]:
+    """Accuracy and log score of a query, their standard errors over episodes, and expected calibration error."""
+    generator, scores, confidence, correct = torch.Generator().manual_seed(1), [], [], []
     for _ in range(EPISODES // AT_ONCE):
         episode = source.draw(AT_ONCE, context=(0, 0), generator=generator)
         with torch.no_grad():
-            likely = fit.model(episode.context, episode.target.x).probs.max(-1)
+            labels = fit.model(episode.context, episode.target.x)
+        likely = labels.probs.max(-1)
+        scores.append(labels.log_prob(episode.target.y).mean(1).numpy())
         confidence.append(likely.values.numpy())
         correct.append((likely.indices == episode.target.y).numpy())
     confident, right = np.concatenate(confidence), np.concatenate(correct)
-    return *mean_and_error(right.mean(1)), expected_calibration_error(confident, right)
+    accuracy, error = mean_and_error(right.mean(1))
+    score, score_error = mean_and_error(np.concatenate(scores))
+    ece = expected_calibration_error(confident, right)
+    return {"accuracy": accuracy, "error": error, "score": score, "score error": score_error, "ece": ece}
 
 
 def runs(folder: pathlib.Path, known: np.ndarray) -> tuple[bm.Tasks, bm.Tasks]:
@@ -138,11 +145,12 @@ def main() -> None:
     for (way, shot), bar in CASES.items():
         start = time.process_time()
         images = bm.families.ImageClasses(data["x"][new], data["class_id"][new], way=way, shot=shot)
-        accuracy, error, ece = evaluate(fit, images)
+        found = evaluate(fit, images)
         each = 1e3 * (time.process_time() - start) / EPISODES
         print(
-            f"{way:2d}-way {shot}-shot  accuracy {accuracy:.4f} ± {error:.4f} (bar {bar}), ECE {ece:.4f} "
-            f"(bar {ECE_BAR}), {EPISODES} episodes, {each:.0f} ms each"
+            f"{way:2d}-way {shot}-shot  accuracy {found['accuracy']:.4f} ± {found['error']:.4f} (bar {bar}), "
+            f"log score {found['score']:.4f} ± {found['score error']:.4f} (trivial {-math.log(way):.4f}), "
+            f"ECE {found['ece']:.4f} (bar {ECE_BAR}), {EPISODES} episodes, {each:.0f} ms each"
         )
     accuracy, error = within_alphabets(fit, *runs(arguments.data, data["x"][new]))
     print(f"official runs, 20-way 1-shot within alphabets  accuracy {accuracy:.4f} ± {error:.4f}")

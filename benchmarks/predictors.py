@@ -103,8 +103,9 @@ class Hierarchical:
 
     @property
     def parameters(self) -> int:
-        """Numbers in θ and weights of the model's modules; those of a network that only infers are not the model's."""
-        weights = sum(p.numel() for module in self.fit.modules.values() for p in module.parameters())
+        """Numbers in θ and weights of the model's modules; those of the guide too where nothing refines its answer."""
+        modules = list(self.fit.modules.values()) + ([self.fit._guides.task] if self.refine == "none" else [])
+        weights = sum(p.numel() for module in modules for p in module.parameters())
         return weights + sum(np.size(self.fit.shared.mean(name)) for name in self.fit.shared.names)
 
     def predict(self, context: bm.Tasks, target: bm.Tasks, *, draws: int, seed: int) -> Predicted:

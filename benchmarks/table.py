@@ -1,8 +1,9 @@
-"""One table for all learners: `python -m benchmarks.table SUITE [--models cnp tnp …] [--budget SECONDS] [--help]`.
+"""One table for all learners of functions: `python -m benchmarks.table SUITE [--models cnp tnp …] [--budget SECONDS]`.
 
 Trains what is asked on the tasks of a suite (`suites.py`, `learners.py`), scores it on a fixed evaluation set
 (`scores.py`), and prints Markdown (`report.py`), always with the rows oracle, trivial, no pooling and complete pooling.
 `--also` scores the same learners on further suites, as they are. `--out` writes table.md and a picture for each suite.
+Classifiers of images have `omniglot.py`.
 """
 
 from __future__ import annotations

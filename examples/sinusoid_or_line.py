@@ -79,13 +79,16 @@ def main(*, count: int = 300, new: int = 200, steps: int | None = 3000, progress
     found = torch.stack([is_sinusoid(phi, shared, batch)[:, 0] for phi in draws]).mean(0).numpy()
     ambiguous = (exact > 0.1) & (exact < 0.9)
     kept = (found > 0.05) & (found < 0.95)
+    decided = np.abs(found - exact)[~ambiguous] < 0.2
     print(
         f"{ambiguous.sum()} of {new} tasks are ambiguous; both answers are kept in {kept[ambiguous].mean():.0%} of them"
     )
+    print(f"of the others {decided.mean():.0%} are decided, as the exact posterior does")
     print(f"methods: { {name: list(post.method).count(name) for name in set(post.method)} }")
     print(f"probability of a sinusoid: mean error {np.abs(found - exact).mean():.3f}")
     return {
         "kept": float(kept[ambiguous].mean()),
+        "decided": float(decided.mean()),
         "error": float(np.abs(found - exact).mean()),
         "flagged": float(np.mean(np.asarray(post.flag) != "")),
         "ambiguous": float(ambiguous.sum()),

@@ -34,6 +34,7 @@ def build(
     *,
     hidden: Sequence[int] = (16, 16),
     likelihood: Any = None,
+    outputs: int = 1,
     centre_scale: float = 1.0,
     tau: float = 0.2,
     tau_spread: float = 0.5,
@@ -44,7 +45,11 @@ def build(
     Args:
         tasks: Training tasks, or others like them: they give shapes and units.
         hidden: Units of the hidden layers.
-        likelihood: One of `bm.likelihoods`, or a function of `(f, batch, shared)`; default `bm.likelihoods.Normal()`.
+        likelihood: One of `bm.likelihoods`, or a function of any of `(f, batch, shared)`; default
+            `bm.likelihoods.Normal()`. Locations and scales are in the units of the labels; a function gets f of order
+            one, whatever these are: give it labels of order one, or let it scale f.
+        outputs: Numbers that a function as the likelihood takes for a row: f is `(T, N)` for 1, else `(T, N, outputs)`.
+            Those of `bm.likelihoods` know theirs.
         centre_scale: s, sd of μ around the first weights, in standard units.
         tau: t, the prior median of each τ, in standard units.
         tau_spread: r, the prior sd of log τ.
@@ -54,15 +59,16 @@ def build(
         A model with the task site `phi` `(d,)`, all weights; its predictor's `blocks` name them.
 
     Raises:
-        ValueError: If a number is out of range, inputs are text, or there are no labels.
+        ValueError: If a number is out of range, or not that of the likelihood, inputs are text, or there are no labels.
     """
     check_tasks("bayesian_network", tasks)
     observed = bm.likelihoods.Normal() if likelihood is None else likelihood
-    network = Network([math.prod(tasks.schema.x_shape), *_units(hidden), width(observed)])
+    outputs = _outputs(observed, outputs)
+    network = Network([math.prod(tasks.schema.x_shape), *_units(hidden), outputs])
     first = network.first(seed)
     prior = WeightPrior(first, centre_scale=centre_scale, tau=tau, tau_spread=tau_spread)
     function, observed = standardized(network, observed, tasks)
-    function.scalar = width(observed) == 1
+    function.scalar = outputs == 1
     return bm.HierarchicalModel(prior, function, observed)
 
 
@@ -124,6 +130,19 @@ class WeightPrior(bm.priors.Prior):
     def distribution(self, shared: Mapping[str, Tensor], batch: bm.Batch) -> Distribution:
         """Independent normals."""
         return dist.Normal(shared["mu"], shared["tau"]).to_event(1)
+
+
+def _outputs(likelihood: Any, outputs: int) -> int:
+    """How many numbers a row takes: those of the likelihood, where it knows."""
+    if isinstance(outputs, bool) or not isinstance(outputs, int) or outputs < 1:
+        raise ValueError(f"bayesian_network: expected outputs as a whole number ≥ 1, got {outputs!r}")
+    own = width(likelihood)
+    if own > 1 and outputs not in (1, own):
+        raise ValueError(
+            f"bayesian_network: expected outputs={own}, the numbers that {likelihood!r} takes for a row, or none, "
+            f"got {outputs}"
+        )
+    return max(own, outputs)
 
 
 def _units(hidden: Sequence[int]) -> list[int]:

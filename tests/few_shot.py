@@ -48,10 +48,10 @@ def evaluation(way: int = 4) -> bm.Episode:
     return source(way=way, seed=1).draw(300, context=(0, 0), generator=torch.Generator().manual_seed(0))
 
 
-def fitted(model: bm.ConditionalModel, steps: int, lr: float) -> bm.ConditionalFit:
+def fitted(model: bm.ConditionalModel, steps: int, lr: float, seed: int = 0) -> bm.ConditionalFit:
     """A short training."""
     optimizer = bm.Optimizer(steps=steps, batch_tasks=16, lr=lr)
-    return bm.fit(model, source(), method=bm.Amortized(optimizer=optimizer), progress=False)
+    return bm.fit(model, source(), method=bm.Amortized(optimizer=optimizer), seed=seed, progress=False)
 
 
 def score(fit: bm.ConditionalFit, episode: bm.Episode) -> torch.Tensor:

@@ -248,7 +248,10 @@ class Posterior:
         return summary(self)
 
     def to_arviz(self) -> Any:
-        """Draws, log likelihood, predictions, data and diagnostics as an ArviZ object."""
+        """Draws, log likelihood, predictions, data and diagnostics as an ArviZ object.
+
+        Sites that couple the rows of a task (Gaussian processes) have no log likelihood and predictions of each row.
+        """
         from bayesmeta.results.summary import to_arviz
 
         return to_arviz(self)

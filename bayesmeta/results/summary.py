@@ -87,7 +87,8 @@ def to_arviz(posterior: Results) -> Any:
     """Groups posterior, posterior_predictive, log_likelihood, observed_data, constant_data, prior and sample_stats.
 
     `prior` holds draws of the learned prior at the same θ; `sample_stats` the log weight of each draw's candidate, and
-    where the draws are those of chains their diagnostics.
+    where the draws are those of chains their diagnostics. Sites that couple the rows of a task, as in Gaussian
+    processes, are left out of `posterior_predictive` and `log_likelihood`, whose entries are of single rows.
     """
     task = [posterior.density.schema.task]
     dims: dict[str, list[str]] = {"log_weight": task}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from levels import levels
+from lines import lines
 
 import bayesmeta as bm
 from bayesmeta.models import abml
@@ -18,10 +18,10 @@ def test_it_is_the_elbo_of_variational_steps() -> None:
 
 
 def test_phi_is_all_weights_of_a_network_of_independent_coordinates() -> None:
-    tasks = levels(6, 0)
+    tasks = lines(6, 0)
     options = abml.method(steps=2, draws=4, optimizer=bm.Optimizer(steps=2))
     fit = bm.fit(abml.build(tasks, hidden=(3,)), tasks, method=options, progress=False)
-    draws = fit.posterior(levels(1, 1), draws=4000, refine="none").draws("phi")[:, 0]
+    draws = fit.posterior(lines(1, 1), draws=4000, refine="none").draws("phi")[:, 0]
     assert draws.shape == (4000, 10)
     correlations = np.corrcoef(draws.T)[np.triu_indices(10, 1)]
     assert np.abs(correlations).max() < 5 / np.sqrt(4000), "a diagonal Gaussian given the point θ"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from levels import levels
+from lines import lines
 
 import bayesmeta as bm
 from bayesmeta.hierarchy.density import TaskDensity
@@ -40,7 +40,7 @@ def test_first_weights_have_variance_one_over_the_inputs_of_their_layer() -> Non
 
 
 def test_the_hyper_prior_lies_around_the_first_weights() -> None:
-    tasks = levels(4, 0)
+    tasks = lines(4, 0)
     model: Any = bayesian_network.build(tasks, hidden=(3,), centre_scale=0.2, tau=0.4, tau_spread=0.3, seed=7)
     sites = model.prior.shared
     mu, tau = sites["mu"].base_dist, sites["tau"].base_dist
@@ -54,7 +54,7 @@ def test_the_hyper_prior_lies_around_the_first_weights() -> None:
 
 def test_labels_and_inputs_in_other_units_are_the_same_problem() -> None:
     """Log joints differ by the Jacobian of the labels alone."""
-    tasks, noise = levels(5, 0), torch.randn(5, 10, dtype=torch.float64)
+    tasks, noise = lines(5, 0), torch.randn(5, 10, dtype=torch.float64)
     moved = bm.Tasks.from_arrays([1e3 + 50 * t.x.numpy() for t in tasks], [7 + 20 * t.y.numpy() for t in tasks])
     found = []
     for data, unit in ((tasks, 1.0), (moved, 20.0)):
@@ -65,8 +65,41 @@ def test_labels_and_inputs_in_other_units_are_the_same_problem() -> None:
     torch.testing.assert_close(found[0] - found[1], torch.full((5,), 6 * np.log(20.0), dtype=torch.float64))
 
 
+def gumbel(f: torch.Tensor) -> torch.distributions.Distribution:
+    """Its log scale is predicted too."""
+    return torch.distributions.Gumbel(f[..., 0], f[..., 1].exp())
+
+
+def test_a_function_as_the_likelihood_gets_numbers_of_order_one_as_many_as_asked_for() -> None:
+    """The same whatever the units of the labels."""
+    tasks = lines(5, 0)
+    moved = bm.Tasks.from_arrays([t.x.numpy() for t in tasks], [7 + 20 * t.y.numpy() for t in tasks])
+    for outputs, shape in ((1, (5, 6)), (2, (5, 6, 2))):
+        network = Network([1, 3, outputs])
+        phi, x = network.first(0).double().expand(5, 1, -1), tasks.batch(slice(None)).x.double()
+        expected = network(phi, (x - tasks.x.mean()) / tasks.x.std(correction=0)).reshape(shape)
+        for data in (tasks, moved):
+            model: Any = bayesian_network.build(data, hidden=(3,), likelihood=gumbel, outputs=outputs)
+            torch.testing.assert_close(model.predictor(phi, x), expected)
+
+
+def test_as_many_outputs_as_the_likelihood_takes() -> None:
+    tasks = lines(4, 0)
+    alone = bayesian_network.build(tasks, hidden=(3,), likelihood=gumbel)
+    with pytest.raises(
+        ValueError, match=r"expected a distribution of batch shape \(\d, 6\) .* got batch shape \(\d,\)"
+    ):
+        TaskDensity(alone, tasks)
+    with pytest.raises(ValueError, match=r"expected f = predictor\(phi, x\) of shape \(\d, 6\).* got \(\d, 6, 2\)"):
+        TaskDensity(bayesian_network.build(tasks, likelihood=bm.likelihoods.Normal(), outputs=2), tasks)
+    with pytest.raises(ValueError, match=r"expected outputs=2, the numbers that LocationScale\(\) takes .* got 3"):
+        bayesian_network.build(tasks, likelihood=bm.likelihoods.LocationScale(), outputs=3)
+    with pytest.raises(ValueError, match="bayesian_network: expected outputs as a whole number ≥ 1, got 0"):
+        bayesian_network.build(tasks, outputs=0)
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"bayesian_network: expected hidden as whole numbers ≥ 1, got \(0,\)"):
-        bayesian_network.build(levels(4, 0), hidden=(0,))
+        bayesian_network.build(lines(4, 0), hidden=(0,))
     with pytest.raises(ValueError, match="bayesian_network: expected tau as a finite number > 0, got 0"):
-        bayesian_network.build(levels(4, 0), tau=0)
+        bayesian_network.build(lines(4, 0), tau=0)

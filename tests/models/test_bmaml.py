@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from levels import levels
+from lines import lines
 
 import bayesmeta as bm
 from bayesmeta.models import bmaml
@@ -16,13 +16,13 @@ def test_it_is_the_target_scored_through_stein_particles() -> None:
 
 
 def test_draws_lie_around_the_particles() -> None:
-    tasks = levels(6, 0)
+    tasks = lines(6, 0)
     method = bmaml.method(particles=3, steps=2, optimizer=bm.Optimizer(steps=2))
     fit = bm.fit(bmaml.build(tasks, hidden=(3,)), tasks, method=method, progress=False)
     guide = fit._guides.task
     with torch.no_grad():
         guide.spread.fill_(-8.0)
-    draws = torch.as_tensor(fit.posterior(levels(1, 1), draws=400, refine="none").draws("phi")[:, 0])
+    draws = torch.as_tensor(fit.posterior(lines(1, 1), draws=400, refine="none").draws("phi")[:, 0])
     found = draws[:1]
     for draw in draws:
         if (draw - found).norm(dim=-1).min() > 0.05:

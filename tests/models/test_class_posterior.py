@@ -8,10 +8,10 @@ import few_shot
 import numpy as np
 import pytest
 import torch
-from levels import code_lines
+from lines import code_lines
 
 import bayesmeta as bm
-from bayesmeta.models import class_posterior
+from bayesmeta.models import class_posterior, versa
 
 WAY, FEATURES = 4, 6
 
@@ -87,6 +87,38 @@ def test_it_is_saved_and_loaded(fit: bm.Fit, tmp_path: pathlib.Path) -> None:
     again = bm.load(tmp_path / "fit.bm", built, method=method(built))
     pair = [one.posterior(tasks(2, 1), draws=50, refine="none").mean("phi") for one in (fit, again)]
     np.testing.assert_array_equal(*pair)
+
+
+def test_seeds() -> None:
+    """The guide's first weights belong to the method, as the embedding does to the model."""
+    built = model()
+    options = class_posterior.method(built, optimizer=bm.Optimizer(steps=3, lr=0.01, batch_tasks=8))
+    first, again, other = (
+        bm.fit(built, tasks(30, 0), method=options, seed=seed, progress=False)
+        .modules["predictor"]
+        .state_dict()
+        .values()
+        for seed in (0, 0, 1)
+    )
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
+
+
+def test_the_embedding_may_be_that_of_a_trained_versa() -> None:
+    """Batch normalisation and all: in evaluation mode a row's features are its own."""
+    normed = torch.nn.Sequential(few_shot.linear(FEATURES), torch.nn.BatchNorm1d(FEATURES))
+    trained = few_shot.fitted(versa.build(normed, features=FEATURES), 60, 0.01).modules["module"].embed
+    with pytest.raises(ValueError, match=r"embed.eval\(\)"):
+        class_posterior.build(trained.train(), features=FEATURES, classes=WAY)
+    built = class_posterior.build(trained.eval(), features=FEATURES, classes=WAY)
+    options = class_posterior.method(built, optimizer=bm.Optimizer(steps=5, lr=0.01, batch_tasks=16))
+    fit = bm.fit(built, tasks(30, 0), method=options, progress=False)
+    context, target = tasks(8, 1).context_target(context=12, seed=0)
+    post = fit.posterior(context, draws=50, refine="none")
+    groups = post.to_arviz()
+    assert groups["posterior"]["phi"].shape == (1, 50, 8, WAY * (FEATURES + 1))
+    assert groups["log_likelihood"]["y"].shape == (1, 50, 8, 12)
+    score = post.predict(target).log_prob()
+    assert score.shape == (8, 12) and np.isfinite(score).all()
 
 
 def test_other_models_and_wrong_sizes_are_refused() -> None:

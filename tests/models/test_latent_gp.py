@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from levels import code_lines
+from lines import code_lines
 
 import bayesmeta as bm
 from bayesmeta.models import latent_gp

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from levels import levels
+from lines import lines
 from neural_tasks import ragged
 
 from bayesmeta.models import maml
@@ -39,7 +39,7 @@ def test_it_is_the_network_after_gradient_steps_on_the_mean_loss_of_the_context(
 
 def test_the_steps_are_differentiated_through() -> None:
     """The slope for the first weights is that of a difference quotient: of second order, not of first."""
-    tasks = levels(3, 0)
+    tasks = lines(3, 0)
     module: Any = maml.build(tasks, hidden=(5,), steps=2).module
     module.double()
     context, target = (
@@ -63,7 +63,7 @@ def test_the_steps_are_differentiated_through() -> None:
 
 
 def test_large_steps_stay_finite() -> None:
-    tasks = levels(3, 0)
+    tasks = lines(3, 0)
     module: Any = maml.build(tasks, output=outputs.StudentT()).module
     with torch.no_grad():
         for rate in module.log_rate.values():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from levels import levels
+from lines import lines
 from torch import Tensor
 
 import bayesmeta as bm
@@ -27,12 +27,12 @@ def process(shared: dict[str, Any], model: Any, x: Tensor) -> tuple[Tensor, Tens
 
 
 def test_the_level_has_its_exact_posterior_and_new_rows_those_of_the_process() -> None:
-    tasks = levels(12, 0)
+    tasks = lines(12, 0)
     model = pacoh_gp.build(tasks, hidden=(3,), features=2)
     fit = bm.fit(model, tasks, method=pacoh_gp.method(optimizer=bm.Optimizer(steps=60)), progress=False)
     names = ("mean_weights", "feature_weights", "log_scales", "sigma", "scale", "tau")
     shared = {name: fit.shared.mean(name) for name in names}
-    new, target = levels(4, 1).context_target(context=4, seed=0)
+    new, target = lines(4, 1).context_target(context=4, seed=0)
     post = fit.posterior(new, draws=1000)
     mean = post.predict(target, kind="mean").mean
     reader: Any = model.predictor.reader
@@ -53,7 +53,7 @@ def test_the_level_has_its_exact_posterior_and_new_rows_those_of_the_process() -
 
 @pytest.mark.parametrize("features", [None, 2])
 def test_the_likelihood_is_that_of_all_labels_together(features: int | None) -> None:
-    tasks = levels(3, 0)
+    tasks = lines(3, 0)
     model: Any = pacoh_gp.build(tasks, hidden=(3,), features=features)
     assert len(model.predictor.hyper_priors(0.3, 0)) == (5 if features is None else 6)
     density = TaskDensity(model, tasks)

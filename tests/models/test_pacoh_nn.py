@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from levels import levels
+from lines import lines
 
 import bayesmeta as bm
 from bayesmeta.models import pacoh_nn
@@ -20,7 +20,7 @@ def test_it_is_the_hyper_posterior_of_the_weights_prior() -> None:
 
 
 def test_a_small_lambda_keeps_theta_at_its_hyper_prior() -> None:
-    tasks, moved = levels(8, 0), []
+    tasks, moved = lines(8, 0), []
     for lam in (1e-6, math.inf):
         model = pacoh_nn.build(tasks, hidden=(3,))
         guide = bm.guides.Variational(steps=1, draws=2)
@@ -31,10 +31,10 @@ def test_a_small_lambda_keeps_theta_at_its_hyper_prior() -> None:
 
 
 def test_particles_of_theta_are_drawn_with_the_weights() -> None:
-    tasks = levels(6, 0)
+    tasks = lines(6, 0)
     guide = bm.guides.Variational(steps=1, draws=2)
     options = pacoh_nn.method(shared="svgd", guide=guide, optimizer=bm.Optimizer(steps=5))
     fit = bm.fit(pacoh_nn.build(tasks, hidden=(2,)), tasks, method=options, progress=False)
-    post = fit.posterior(levels(2, 1), draws=100, refine="none")
+    post = fit.posterior(lines(2, 1), draws=100, refine="none")
     assert post.draws("phi").shape == (100, 2, 7) and len(np.unique(fit.shared.draws("mu")[:, 0])) > 100
     assert fit.shared.status in ("corrected", "uncorrected")

@@ -10,10 +10,12 @@ import few_shot
 import numpy as np
 import pytest
 import torch
+from lines import code_lines
 from torch import nn
 
 import bayesmeta as bm
 from bayesmeta.checks.metrics import expected_calibration_error
+from bayesmeta.models import prototypes
 from bayesmeta.models.prototypes import Prototypes, build
 
 
@@ -85,3 +87,16 @@ def test_gradients_reach_every_parameter() -> None:
     labels: Any = model(episode.context, episode.target.x)
     labels.log_prob(episode.target.y).sum().backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in model.module.parameters())
+
+
+def test_seeds() -> None:
+    """The same weights from the same seed, others from another."""
+    model = build(few_shot.linear())
+    first, again, other = (
+        few_shot.fitted(model, 2, 0.01, seed).modules["module"].state_dict().values() for seed in (0, 0, 1)
+    )
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
+
+
+def test_the_file_is_read_in_one_sitting() -> None:
+    assert code_lines(pathlib.Path(str(prototypes.__file__))) <= 150

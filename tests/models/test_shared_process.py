@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from lines import code_lines
 from scipy import stats
 
 import bayesmeta as bm
@@ -130,3 +131,7 @@ def test_bad_input() -> None:
     gaps = bm.Tasks.from_arrays([[[0.0], [1.0]]] * 2, [[1.0, np.nan], [0.0, 1.0]], missing="mask")
     with pytest.raises(ValueError, match="none missing"):
         shared_process.build(gaps)
+
+
+def test_the_file_is_read_in_one_sitting() -> None:
+    assert code_lines(pathlib.Path(str(shared_process.__file__))) <= 150

@@ -9,10 +9,11 @@ from typing import Any
 import few_shot
 import numpy as np
 import torch
+from lines import code_lines
 from torch import nn
 
 import bayesmeta as bm
-from bayesmeta.models import prototypes
+from bayesmeta.models import prototypes, versa
 from bayesmeta.models.versa import DRAWS, Versa, build
 
 
@@ -114,3 +115,16 @@ def test_gradients_reach_every_parameter() -> None:
     learner(drawn.context, drawn.target.x).log_prob(drawn.target.y).sum().backward()
     torch.set_rng_state(state)
     assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in learner.parameters())
+
+
+def test_seeds() -> None:
+    """The same weights from the same seed, others from another."""
+    model = build(few_shot.linear(), features=6)
+    first, again, other = (
+        few_shot.fitted(model, 2, 0.01, seed).modules["module"].state_dict().values() for seed in (0, 0, 1)
+    )
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
+
+
+def test_the_file_is_read_in_one_sitting() -> None:
+    assert code_lines(pathlib.Path(str(versa.__file__))) <= 150

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 import bayesmeta as bm
+from bayesmeta.models.neural_processes import cnp
 from bayesmeta.models.neural_processes.outputs import (
     TINY,
     Bernoulli,
@@ -116,6 +117,31 @@ def test_an_equal_mixture_averages_densities(output: Output, units: tuple[Tensor
     y = whole.sample()
     assert whole.batch_shape == (T, M) and whole.event_shape == units[0].shape
     torch.testing.assert_close(whole.log_prob(y), parts.log_prob(y.unsqueeze(2)).logsumexp(-1) - math.log(5))
+
+
+class Poisson(Output):
+    """A family of a user's own."""
+
+    def numbers(self, labels: int) -> int:
+        return labels
+
+    def distribution(self, numbers: Tensor, loc: Tensor, scale: Tensor) -> torch.distributions.Distribution:
+        return torch.distributions.Poisson(loc * numbers[..., 0].exp())
+
+
+def test_an_output_of_the_users_own() -> None:
+    """Counts whose rate is each task's own: after four rows most of it is known, and no prediction is negative."""
+    rng = np.random.default_rng(0)
+    rate = np.exp(1.5 + rng.normal(size=(200, 1)))
+    tasks = bm.Tasks.from_arrays(None, list(rng.poisson(rate, (200, 8))))
+    method = bm.Amortized(optimizer=bm.Optimizer(steps=150, batch_tasks=64, lr=5e-3))
+    fit = bm.fit(
+        cnp.build(tasks[:150], output=Poisson(), width=16, depth=2), tasks[:150], method=method, progress=False
+    )
+    context, target = tasks[150:].context_target(context=4, seed=0)
+    found = fit.predict(context, target, draws=200)
+    assert np.corrcoef(np.log(found.mean[:, 0]), np.log(rate[150:, 0]))[0, 1] > 0.8
+    assert (found.draws >= 0).all() and (found.draws == found.draws.round()).all()
 
 
 @pytest.mark.parametrize(("output", "bad"), [(Bernoulli(), 2), (Categorical(3), 3), (Categorical(3), -1)])

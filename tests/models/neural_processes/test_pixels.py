@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bayesmeta.models.neural_processes import pixel_tasks
+import bayesmeta as bm
+from bayesmeta.models.neural_processes import cnp, pixel_tasks
 
 
 def test_places_and_colours_belong_together() -> None:
@@ -25,6 +26,18 @@ def test_colours_are_vectors() -> None:
 
 def test_one_pixel() -> None:
     assert pixel_tasks(np.ones((1, 1, 1))).x.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_a_neural_process_completes_images(channels: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).random((6, 3, 4, *channels))
+    tasks = pixel_tasks(images)
+    method = bm.Amortized(optimizer=bm.Optimizer(steps=3))
+    fit = bm.fit(cnp.build(tasks, width=8, depth=1), tasks, method=method, progress=False)
+    context, _ = tasks.context_target(context=5, seed=0)
+    found = fit.predict(context, tasks[0].x.numpy(), draws=7)
+    assert found.draws.shape == (7, 6, 12, *channels) and found.log_prob(tasks.batch(slice(None)).y).shape == (6, 12)
+    assert np.isfinite(found.draws).all() and found.mean.reshape(images.shape).shape == images.shape
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4, 4), (1, 2, 3, 4, 5)])
