@@ -1,8 +1,8 @@
 """Calibration of whole fits: every replicate simulates θ and tasks, fits the model to them, and ranks what was true.
 
 Slow by nature, so that every replicate is written to a file and a rerun goes on where an earlier one stopped. All
-replicates have tasks of the same sizes, so that the model is read, recorded and compiled once. `benchmarks/sbc.py`
-drives it.
+replicates have tasks of the same sizes, and data are inputs of the recorded graphs: the model is read once, and what
+one fit has compiled the others find in torch's cache. `benchmarks/sbc.py` drives it.
 """
 
 from __future__ import annotations
