@@ -101,7 +101,7 @@ class SharingScores:
 
         "sharing helps" or "negative transfer" where the mean difference over rows is more than two standard errors from
         0 (of `difference`: the task's labels are then at least 20 times likelier in all), else "no clear difference".
-        Each task is judged by itself: of tasks that differ in nothing up to 5 % may get a verdict.
+        Each task is judged by itself: of those not hurt up to 5 % may be called so by chance.
         """
         shared = self._scores(self._best_sharing if candidate is None else candidate, False)
         values = shared - self._scores(NO_POOLING, False)
