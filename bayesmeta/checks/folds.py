@@ -168,7 +168,8 @@ def compare_sharing(
             no tasks out.
         robust: Add a candidate that stacks all others with weights from `folds` inside the training rows of each fold,
             so that it is no worse than the better of no pooling and complete pooling by more than noise. Left-out
-            tasks are scored with weights from the rows of the others. All fits are repeated `folds` times for it.
+            tasks are scored with weights from the rows of the others, which may give no pooling more than suits a task
+            of which no row is known. All fits are repeated `folds` times for it.
         method: How models are fitted, as in `bm.fit`.
         draws: Draws of each posterior.
         seed: Of folds, fits and draws.
