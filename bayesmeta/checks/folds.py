@@ -168,8 +168,7 @@ def compare_sharing(
             no tasks out.
         robust: Add a candidate that stacks all others with weights from `folds` inside the training rows of each fold,
             so that it is no worse than the better of no pooling and complete pooling by more than noise. Left-out
-            tasks are scored with weights from the rows of the others, which may give no pooling more than suits a task
-            of which no row is known. All fits are repeated `folds` times for it.
+            tasks are not scored by it: weights of rows of known tasks give no pooling more than suits a new one.
         method: How models are fitted, as in `bm.fit`.
         draws: Draws of each posterior.
         seed: Of folds, fits and draws.
@@ -189,14 +188,14 @@ def compare_sharing(
     check_whole("folds", of_rows, 2)
     check_whole("folds", of_tasks, 2)
     check_whole("draws", draws, 1)
-    contest, inner = _Contest(_named(models), method, draws, seed), of_rows if robust else 0
-    scores = contest.held_out(tasks, of_rows, inner=inner)
+    contest = _Contest(_named(models), method, draws, seed)
+    scores = contest.held_out(tasks, of_rows, inner=of_rows if robust else 0)
     weights: dict[str, float] = {}
     if robust:
         plain = {name: values for name, values in scores.items() if name != ROBUST}
         weights = dict(zip(plain, stacking_weights(np.stack(list(plain.values()))).tolist(), strict=True))
     flagged = dict(contest.flagged)
-    new = {} if context is None else contest.left_out(tasks, of_tasks, context, inner=inner)
+    new = {} if context is None else contest.left_out(tasks, of_tasks, context)
     return SharingScores(tasks.names, scores, new, context or 0, weights, flagged)
 
 
@@ -280,19 +279,14 @@ class _Contest:
         inside = dataclasses.replace(self, seed=self.seed + 1).held_out(given, folds, inner=0)
         return dict(zip(inside, stacking_weights(np.stack(list(inside.values()))).tolist(), strict=True))
 
-    def left_out(self, tasks: Tasks, folds: int, context: int, *, inner: int) -> dict[str, np.ndarray]:
-        """Log densities `(task, M)` of the rows of tasks that were not trained on, but for the rows given.
-
-        With `inner`, `ROBUST` too, its weights from the rows of the other tasks.
-        """
+    def left_out(self, tasks: Tasks, folds: int, context: int) -> dict[str, np.ndarray]:
+        """Log densities `(task, M)` of the rows of tasks that were not trained on, but for the rows given."""
         count = min(folds, len(tasks))
         fold = np.random.default_rng(self.seed).permutation(len(tasks)) % count
         found: dict[str, np.ndarray] = {}
         for k in range(count):
             known, new = tasks[np.flatnonzero(fold != k)], tasks[np.flatnonzero(fold == k)]
             scores = self._scores(known, *new.context_target(context=context, seed=self.seed))
-            if inner:
-                scores[ROBUST] = mixed(scores, self._weights(known, inner))
             for name, values in scores.items():
                 into = found.setdefault(name, np.full((len(tasks), int(max(tasks.sizes))), np.nan))
                 into[fold == k, : values.shape[1]] = values
