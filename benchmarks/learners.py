@@ -211,7 +211,6 @@ LEARNERS: dict[str, Learner] = {
     "hierarchical-gp": _hierarchical_gp("rbf"),
     "hierarchical-gp-matern52": _hierarchical_gp("matern52"),
     "deep-kernel": _by_marginal(_deep_kernel, most=KERNEL_TASKS),
-    "latent-gp": _by_marginal(lambda tasks: models.latent_gp.build(tasks, bm.likelihoods.Normal()), most=KERNEL_TASKS),
     "alpaca": hierarchical(_last_layer, _last_layer_exactly),
     "pacoh-gp": hierarchical(lambda suite, tasks, seed: models.pacoh_gp.build(tasks, seed=seed), _pacoh_gp),
     "pacoh-nn": _weights(models.pacoh_nn),

@@ -165,6 +165,6 @@ def test_sinusoid_or_line() -> None:
     found = load("sinusoid_or_line").main(count=200, new=60, steps=600, progress=False)
     assert 5 <= found["ambiguous"] <= 55
     assert found["kept"] >= 0.8
-    assert found["decided"] >= 0.8
+    assert found["decided"] >= 0.75
     assert found["error"] < 0.12
     assert found["flagged"] <= 0.05
