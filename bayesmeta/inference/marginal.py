@@ -101,14 +101,22 @@ class Marginal:
             shared = self._sampled(precise, evidence, mode, progress)
         else:
             shared, tried = self._fitted(evidence, mode)
-        unknown = 0.0 if evidence.kind == "closed form" else math.nan
-        record: dict[str, Any] = {"kind": evidence.kind, "error": unknown, "noise": unknown}
-        if evidence.kind != "closed form" and density.structure.shared_size:
-            record |= assess(precise, evidence, tasks, tried or shared, point=self.shared == "map")
-            approximate = evidence.kind == "Laplace" or record["error"] > TOLERATED
-            if approximate and shared.status not in ("plug-in", "uncorrected"):
-                shared = mended(precise, evidence, tasks, shared)
-        return replace(shared, theta=shared.theta.to(density.dtype)), record
+        shared, error = self._judged(precise, evidence, tasks, shared, tried or shared)
+        return replace(shared, theta=shared.theta.to(density.dtype)), {"kind": evidence.kind, **error}
+
+    def _judged(
+        self, density: TaskDensity, evidence: Evidence, tasks: Tasks, shared: SharedDraws, around: SharedDraws
+    ) -> tuple[SharedDraws, dict[str, float]]:
+        """The draws of θ, mended where the evidence is approximate, and its error at the draws `around`."""
+        if evidence.kind == "closed form":
+            return shared, {"error": 0.0, "noise": 0.0}
+        if not density.structure.shared_size:
+            return shared, {"error": math.nan, "noise": math.nan}
+        found = assess(density, evidence, tasks, around, point=self.shared == "map")
+        approximate = evidence.kind == "Laplace" or found["error"] > TOLERATED
+        if approximate and shared.status not in ("plug-in", "uncorrected"):
+            shared = mended(density, evidence, tasks, shared)
+        return shared, found
 
     def _evidence(self, density: TaskDensity, tasks: Tasks) -> Evidence:
         kind = kind_of(density.structure.task_size, gaussian=all_gaussian(density, tasks))
