@@ -11,6 +11,8 @@ import pyro
 import pytest
 import torch
 
+from bayesmeta.hierarchy import derivatives
+
 EXACT = pathlib.Path(__file__).parent / "data" / "exact"
 
 
@@ -24,6 +26,12 @@ def isolation() -> Iterator[None]:
     left = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     assert left is torch.float32, f"the test left {left} behind as the default dtype"
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded graphs run as they are: the same numbers without the compiler's seconds."""
+    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
-from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import approximation
 from bayesmeta.inference.approximation import (
@@ -30,15 +29,12 @@ from bayesmeta.inference.approximation import (
 from bayesmeta.inference.correction import SharedDraws
 from bayesmeta.inference.evidence import Evidence
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 Z, W = np.polynomial.hermite_e.hermegauss(120)
 LOG_W = np.log(W / W.sum())
 MUS, LOGS = np.linspace(-1.6, -0.4, 13), np.linspace(math.log(0.3), math.log(1.7), 15)
 THETA = torch.as_tensor(np.stack(np.meshgrid(MUS, LOGS, indexing="ij"), -1).reshape(-1, 2))
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
 
 
 def counts(batch: Batch) -> None:

@@ -20,18 +20,11 @@ from torch import Tensor
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.data.tasks import Tasks
-from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import collected, evidence
 from bayesmeta.inference.evidence import Evidence, kind_of, nodes
 
 LOW, HIGH = -30.0, 30.0
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run as they are: the same numbers without the compiler's seconds."""
-    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
 
 
 def schools(batch: Batch) -> None:

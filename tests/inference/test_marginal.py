@@ -15,13 +15,14 @@ from conjugate import ROWS, centre, close, conditional, exact, known_mean, make_
 from torch import nn
 
 import bayesmeta as bm
-from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference import marginal
 from bayesmeta.inference.evidence import Evidence
 from bayesmeta.inference.marginal import Signed
 from benchmarks import exact_posteriors
 from benchmarks.exact_posteriors import eight_schools, schools
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def test_the_mode_is_that_of_log_tau_with_the_jacobian() -> None:
@@ -34,12 +35,6 @@ def test_the_mode_is_that_of_log_tau_with_the_jacobian() -> None:
 def test_names_of_posteriors() -> None:
     with pytest.raises(ValueError, match=r"shared must be one of \['map', 'normal', 'nuts'\], got 'vi'"):
         bm.Marginal(shared="vi")
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers without the compiler's seconds."""
-    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
 
 
 def test_a_normal_is_corrected_to_the_exact_posterior() -> None:

@@ -14,15 +14,11 @@ from conjugate import ROWS, centre, exact, make_tasks
 from torch import Tensor
 
 from bayesmeta.data.batch import Batch
-from bayesmeta.hierarchy import derivatives
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.evidence import Evidence
 from bayesmeta.inference.mode import Mode, normal_at
 
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derivatives, "compile_graph", lambda graph, leaves: graph)
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def found(model: Any, rows: dict[str, Any]) -> Mode:

@@ -85,8 +85,8 @@ def test_chains_in_these_coordinates_have_the_exact_moments_and_mix_better(joint
     found = sample(lambda: sheared, lambda: RNG.normal(size=joint.size), Lengths(2, 300, 500), view=sheared.view)
     mean, covariance = exact(ROWS)
     mu = found.draws[..., 0]
-    assert abs(mu.mean() - mean[-1]) < 4 * np.sqrt(covariance[-1, -1] / found.ess[0])
-    assert found.ess[0] > 5 * plain.ess[0]
+    assert abs(mu.mean() - mean[-1]) < 4 * np.sqrt(covariance[-1, -1] / found.mixing.ess[0])
+    assert found.mixing.ess[0] > 5 * plain.mixing.ess[0]
     assert sheared.fits
 
 
