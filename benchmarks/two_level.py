@@ -89,7 +89,7 @@ def report(label: str, post: bm.Posterior, truth: tuple[np.ndarray, np.ndarray],
     said = ", ".join(f"{name} {value:.3f}" for name, value in rms.items())
     print(f"{label} ({seconds:.0f} s): rms {said} (bar {bar}){'' if fine else '   MISSED'}", flush=True)
     good = post.flag == ""
-    worst = np.abs(error).max(1)[good].max(initial=0.0)
+    worst = np.abs(error).max(1)[good].max() if good.any() else np.nan
     missed = "   MISSED" if bar == REFINED and worst > WORST else ""
     print(
         f"  {dict(Counter(post.method))}, {int((~good).sum())} flagged; sd ratios {ratio.min():.2f}-{ratio.max():.2f}; "
