@@ -17,6 +17,7 @@ from bayesmeta.checks.baselines import Baseline
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.fitting import Fit
 from bayesmeta.results.prediction import Prediction, flat_labels
+from bayesmeta.results.row_draws import RowDraws
 
 Predict = Callable[[Tasks, Tasks], tuple[Sequence[Prediction], tuple[str, ...]]]
 """Given rows of some tasks and rows to predict: a prediction a site, and for each task what is wrong with it."""
@@ -106,7 +107,7 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class StackedPrediction:
+class StackedPrediction(RowDraws):
     """Draws of new rows of T tasks, in the user's units.
 
     Attributes:
@@ -122,27 +123,6 @@ class StackedPrediction:
     parts: dict[str, Prediction] = field(repr=False)
     target: Tasks = field(repr=False)
     labelled: bool = True
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Predictive means `(task, M, *dy)`."""
-        return self.draws.mean(0)
-
-    @property
-    def sd(self) -> np.ndarray:
-        """Predictive standard deviations `(task, M, *dy)`."""
-        return self.draws.std(0)
-
-    def quantile(self, q: float | Sequence[float]) -> np.ndarray:
-        """Predictive quantiles `(*q, task, M, *dy)`."""
-        return np.quantile(self.draws, q, axis=0)
-
-    def interval(self, prob: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """The central interval of probability `prob`: lower and upper ends, `(task, M, *dy)` each."""
-        if not 0 < prob < 1:
-            raise ValueError(f"prob must lie in (0, 1), got {prob}")
-        lower, upper = self.quantile([(1 - prob) / 2, (1 + prob) / 2])
-        return lower, upper
 
     def log_prob(self, y: Any = None) -> np.ndarray:
         """Log density of outcomes under the mixture `(task, M)`, each row by itself; NaN where there is no row.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -27,13 +27,14 @@ from bayesmeta.inference.training import History
 from bayesmeta.results import storage
 from bayesmeta.results.coupled import join_rows, take_rows
 from bayesmeta.results.prediction import row_mask, scored
+from bayesmeta.results.row_draws import RowDraws
 
 CHUNK_TASKS = 4096
 KIND = "conditional fit"
 
 
 @dataclass
-class ConditionalPrediction:
+class ConditionalPrediction(RowDraws):
     """Draws of new rows of T tasks, given the rows of a context.
 
     Attributes:
@@ -54,27 +55,6 @@ class ConditionalPrediction:
     context: Tasks = field(repr=False)
     target: Tasks = field(repr=False)
     labelled: bool = True
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Predictive means `(task, M, *dy)`."""
-        return self.draws.mean(0)
-
-    @property
-    def sd(self) -> np.ndarray:
-        """Predictive standard deviations `(task, M, *dy)`."""
-        return self.draws.std(0)
-
-    def quantile(self, q: float | Sequence[float]) -> np.ndarray:
-        """Predictive quantiles `(*q, task, M, *dy)`."""
-        return np.quantile(self.draws, q, axis=0)
-
-    def interval(self, prob: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """The central interval of probability `prob`: lower and upper ends, `(task, M, *dy)` each."""
-        if not 0 < prob < 1:
-            raise ValueError(f"prob must lie in (0, 1), got {prob}")
-        lower, upper = self.quantile([(1 - prob) / 2, (1 + prob) / 2])
-        return lower, upper
 
     def log_prob(self, y: Any = None, *, joint: bool = False) -> np.ndarray:
         """Log predictive density of outcomes, exactly as the learner gives it.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.hierarchy.recording import Recorded, seeded
 from bayesmeta.inference.chunks import CHUNK_ELEMENTS, Chunk, task_chunks
 from bayesmeta.results.coupled import CoupledRows, coupled_rows
+from bayesmeta.results.row_draws import RowDraws
 
 BY_PAIR = (0, 0, 0, None)
 BY_DRAW = (0, 0, None, None)
@@ -28,7 +29,7 @@ Draws = tuple[Tensor, Tensor]
 
 
 @dataclass
-class Prediction:
+class Prediction(RowDraws):
     """Draws of new rows of T tasks.
 
     Attributes:
@@ -54,27 +55,6 @@ class Prediction:
     def __repr__(self) -> str:
         draws, tasks, rows = self.draws.shape[:3]
         return f"Prediction(site={self.site!r}, kind={self.kind!r}, {tasks} tasks, up to {rows} rows, {draws} draws)"
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Predictive means `(task, M, *dy)`."""
-        return self.draws.mean(0)
-
-    @property
-    def sd(self) -> np.ndarray:
-        """Predictive standard deviations `(task, M, *dy)`."""
-        return self.draws.std(0)
-
-    def quantile(self, q: float | Sequence[float]) -> np.ndarray:
-        """Predictive quantiles `(*q, task, M, *dy)`."""
-        return np.quantile(self.draws, q, axis=0)
-
-    def interval(self, prob: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """The central interval of probability `prob`: lower and upper ends, `(task, M, *dy)` each."""
-        if not 0 < prob < 1:
-            raise ValueError(f"prob must lie in (0, 1), got {prob}")
-        lower, upper = self.quantile([(1 - prob) / 2, (1 + prob) / 2])
-        return lower, upper
 
     def log_prob(self, y: Any = None, *, joint: bool = False) -> np.ndarray:
         """Log predictive density of outcomes: the log of the mean over draws.
