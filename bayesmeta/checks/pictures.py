@@ -136,14 +136,17 @@ def left_out(names: Sequence[str], elpd: np.ndarray, khat: np.ndarray, limit: fl
                 axis.plot(values[some], line[some], "o", color=colour, markersize=7, label=label)
         axis.set(ylim=(0.3, len(order) + 0.7))
     left.axvline(float(elpd.mean()), color="black", linewidth=0.7, linestyle="--", label="mean of all tasks")
-    right.axvline(limit, color="black", linewidth=0.7)
+    right.axvline(limit, color="black", linewidth=0.7, label="limit of k̂")
     left.set_yticks(line, [names[i] for i in order])
     right.set_yticks(line, [""] * len(order))
     each = "the task" if what == "task" else "a row of the task, mean"
     left.set(xlabel=f"log predictive density of {each} (nats)")
     right.set(xlabel="k̂" if what == "task" else "largest k̂ of its rows")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=FONT - 2, frameon=False)
+    shown = [axis.get_legend_handles_labels() for axis in (right, left)]
+    entries = {text: handle for handles, texts in shown for handle, text in zip(handles, texts, strict=True)}
+    figure.legend(
+        entries.values(), entries, loc="outside upper center", ncols=len(entries), fontsize=FONT - 2, frameon=False
+    )
     return figure
 
 

@@ -26,7 +26,7 @@ from bayesmeta.inference.laplace import LaplaceGuide
 from bayesmeta.inference.methods import Inferred
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.options import check_lengths
-from bayesmeta.inference.sampling import CURE, Drawn, Lengths, positions_of, require_nutpie, sample
+from bayesmeta.inference.sampling import Drawn, Lengths, positions_of, require_nutpie, sample
 from bayesmeta.inference.shared import NormalShared
 from bayesmeta.inference.shear import Sheared
 from bayesmeta.inference.threads import threads_for
@@ -36,7 +36,7 @@ PILOT = 5
 """The first transitions of the warmup, one in so many, look for the coordinates in which the others run."""
 LEAST_PILOT = 100
 """With fewer transitions than this there is no such search."""
-INSTEAD = f"{CURE}, or method='marginal'"
+INSTEAD = "take more warmup and draws, tighter priors, or method='marginal'"
 
 
 @dataclass(frozen=True)
