@@ -85,12 +85,15 @@ def within(budget: float, fit: Callable[[int], T]) -> T:
     return fit(max(LONG, int((budget - (marks[2] - begin) - fixed) / step)))
 
 
-def conditional(build: Callable[..., bm.ConditionalModel], *, lr: float | None = None) -> Learner:
+def conditional(
+    build: Callable[..., bm.ConditionalModel], *, lr: float | None = None, batch_tasks: int | None = None
+) -> Learner:
     """A learner from `build(tasks, output=, context=, seed=)`.
 
     Args:
         build: Makes the untrained model.
         lr: Peak learning rate; None for the default.
+        batch_tasks: Tasks a step; None for the suite's number.
     """
 
     def learn(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
@@ -99,7 +102,7 @@ def conditional(build: Callable[..., bm.ConditionalModel], *, lr: float | None =
             model = build(tasks, output=suite.output, seed=seed, **context)
 
         def fit(steps: int) -> bm.ConditionalFit:
-            optimizer = bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks, lr=lr)
+            optimizer = bm.Optimizer(steps=steps, batch_tasks=batch_tasks or suite.batch_tasks, lr=lr)
             return bm.fit(model, tasks, method=bm.Amortized(optimizer=optimizer), seed=seed, progress=False)
 
         return Conditional(within(budget, fit))
@@ -196,6 +199,11 @@ def _deep_kernel(tasks: bm.Tasks) -> bm.HierarchicalModel:
     return models.hierarchical_gp.build(dim=2, hyper="shared", features=features)
 
 
+def _coarse_conv_cnp(tasks: bm.Tasks, **settings: Any) -> bm.ConditionalModel:
+    """Half the default's points: a length scale of "eq" still has seven, and a step takes half the time."""
+    return neural_processes.conv_cnp.build(tasks, points=32, depth=5, **settings)
+
+
 def _shared_process(suite: Suite, tasks: bm.Tasks, *, budget: float, seed: int) -> Predictor:
     """Exact: it takes the seconds it takes, and no seed."""
     return Conditional(bm.fit(bm.models.shared_process.build(tasks), tasks, seed=seed, progress=False))
@@ -206,7 +214,7 @@ LEARNERS: dict[str, Learner] = {
     "latent-np": conditional(neural_processes.latent_np.build),
     "attentive-np": conditional(neural_processes.attentive_np.build),
     "tnp": conditional(neural_processes.tnp.build, lr=1e-3),
-    "conv-cnp": conditional(neural_processes.conv_cnp.build, lr=1e-3),
+    "conv-cnp": conditional(_coarse_conv_cnp, lr=2e-3, batch_tasks=16),
     "shared-process": _shared_process,
     "hierarchical-gp": _hierarchical_gp("rbf"),
     "hierarchical-gp-matern52": _hierarchical_gp("matern52"),

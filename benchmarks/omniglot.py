@@ -25,7 +25,7 @@ from bayesmeta.checks.metrics import expected_calibration_error, mean_and_error
 DATA = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "omniglot"
 WAY, SHOT, QUERY = 60, 1, 5
 LEARNING_RATE = 3e-3
-STEPS = 1300
+SECONDS = 285.0
 TRIALS, SAFETY = (2, 2, 22), 0.9
 EPISODES, AT_ONCE = 600, 10
 CASES = {(5, 1): 0.955, (5, 5): 0.985, (20, 1): 0.86}
@@ -120,8 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=("prototypes", "versa"), default="versa")
     parser.add_argument("--data", type=pathlib.Path, default=DATA)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seconds", type=float, help="processor time of training, in place of steps")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="processor time of training")
+    parser.add_argument("--steps", type=int, help="of training, in place of seconds")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     file = arguments.data / "omniglot_28_gray.npz"
@@ -137,7 +137,7 @@ def main() -> None:
         data["x"][~new], data["class_id"][~new], way=WAY, shot=SHOT, query=QUERY, rotations=True
     )
     steps, seed, seconds = arguments.steps, arguments.seed, arguments.seconds
-    fit = train(learner, source, steps if seconds is None else affordable(learner, source, seconds, seed), seed)
+    fit = train(learner, source, affordable(learner, source, seconds, seed) if steps is None else steps, seed)
     spent = time.process_time() - start
     weights = sum(weight.numel() for weight in fit.modules["module"].parameters())
     print(f"{arguments.model}: {fit.history.stages[-1]['steps']} steps, {weights:,} weights")

@@ -313,10 +313,11 @@ def test_markdown_is_well_formed(at: tuple[bm.Tasks, bm.Tasks], exact: Scores) -
 
 
 def tiny() -> Suite:
+    """So few tasks that none is held out: how long a training is depends on the machine, what stops it would too."""
     return Suite(
         about="few short tasks",
         pooling=pooling.curves,
-        training_tasks=30,
+        training_tasks=16,
         tasks=12,
         context=(5, 5),
         batch_tasks=8,
