@@ -1,8 +1,8 @@
 """The ladder: each task's posterior by the cheapest way that can be trusted, found without being asked.
 
 Weighted draws of the guide first; tasks that fail the gates climb: a closed form where they are Gaussian, Laplace
-proposals from several starts, then Markov chains. A share of the accepted tasks is audited for further modes, which
-importance weights cannot see. Failing tasks run together, so that the cost grows with their number only.
+proposals from several starts, then Markov chains. Some of the accepted tasks are audited: importance weights cannot see
+a mode where no candidate is. Failing tasks run together, so that the cost grows with their number only.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.stats import chi2
 from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.candidates import log_evidence
+from bayesmeta.inference.candidates import candidates, log_evidence
 from bayesmeta.inference.chains import SEVERAL, move_known, move_new
 from bayesmeta.inference.exact import ExactGuide, are_gaussian
+from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.laplace import LaplaceGuide, is_one, modes_of, most_typical
+from bayesmeta.inference.newton import Modes
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import TaskGuide
 from bayesmeta.inference.weighing import (
@@ -39,8 +42,14 @@ JUDGED = 1000
 """Weights by which Laplace proposals of a new task are judged: k̂ of fewer is so noisy that it fails good ones."""
 SUSPECTED = 48
 """Draws of a guide that failed at which a task must be Gaussian to count as such."""
-AUDITED = 0.05
-"""Share of the accepted tasks that is searched for further modes."""
+AUDITED, LEAST_AUDITED = 0.05, 32
+"""Share of the accepted tasks that is audited, and how many are at least."""
+COMPARED = 512
+"""Candidates at one θ among which some must lie at the mode."""
+CENTRAL = 0.5
+"""Probability of what counts as at the mode, were the posterior a Gaussian."""
+NOTICED, FAR_FEWER = 0.05, 8
+"""What should lie at the mode is looked for if it is so much of the evidence, and missed if so many times less is."""
 
 
 def climb(
@@ -143,15 +152,15 @@ class _Climber:
         self._weigh(self.guides.task, every)
 
     def audit(self) -> None:
-        """Looks for further modes of some accepted tasks, and of all if there are any."""
+        """Looks for modes that the guide has missed, of some accepted tasks, and of all if there are any."""
         accepted = self.found.accepted
-        count = math.ceil(AUDITED * len(accepted))
+        count = max(LEAST_AUDITED, math.ceil(AUDITED * len(accepted)))
         order = torch.randperm(len(accepted)).numpy()
         for some in (accepted[order[:count]], accepted[order[count:]]):
-            several = some[self._modes(some) > 1] if len(some) else some
-            if not len(several):
+            missed = some[self._missed(some)] if len(some) else some
+            if not len(missed):
                 return
-            self.found.doubt(several)
+            self.found.doubt(missed)
 
     def exact(self) -> None:
         """The closed form of Gaussian tasks."""
@@ -179,7 +188,7 @@ class _Climber:
         tasks = self.tasks[positions]
         if self.known and not is_one(self.theta):
             parts = move_known(self.density, self.guides, self.theta, tasks, self.found.chosen(positions))
-            several = self._modes(positions) > 1
+            several = self._modes(positions)[1].sum(0) > 1
             for index, drawn in parts:
                 drawn.flag = [SEVERAL if several[i] else f for i, f in zip(index, drawn.flag, strict=True)]
         else:
@@ -202,11 +211,23 @@ class _Climber:
             drawn = weigh_new(self.density, guides, self.theta.repeat_interleave(each, 0), tasks, replaced=old)
         self.found.put([(np.arange(len(positions)), drawn)], positions)
 
-    def _modes(self, positions: np.ndarray) -> np.ndarray:
+    def _modes(self, positions: np.ndarray) -> tuple[Modes, Tensor]:
         alone = not self.density.structure.shared_size
-        _, there = modes_of(self.density, self.tasks[positions], most_typical(self.theta), alone=alone)
-        count: np.ndarray = there.sum(0).numpy()
-        return count
+        return modes_of(self.density, self.tasks[positions], most_typical(self.theta), alone=alone)
+
+    def _missed(self, positions: np.ndarray) -> np.ndarray:
+        """Whether there are several modes, or the guide hardly proposes what is at the one: the end of a neck, say."""
+        modes, there = self._modes(positions)
+        theta = most_typical(self.theta).expand(COMPARED, -1)
+        drawn = candidates(self.density, self.guides, self.tasks[positions], theta)
+        central = float(chi2.ppf(CENTRAL, self.density.structure.task_size))
+        at_mode = GaussianTasks(modes.loc[0], modes.factor[0]).pull(drawn.noise)[0] < central
+        evidence = drawn.log_weight.logsumexp(0) - math.log(COMPARED)
+        share = (drawn.log_weight.softmax(0) * at_mode).sum(0)
+        expected = CENTRAL * (modes.log_evidence[0] - evidence).exp().clamp(max=1.0)
+        lacking = modes.converged[0] & (expected > NOTICED) & (share < expected / FAR_FEWER)
+        missed: np.ndarray = ((there.sum(0) > 1) | lacking).numpy()
+        return missed
 
     def _log_weight(self, positions: np.ndarray) -> Tensor:
         """What the θ weigh before new tasks are seen: replaced tasks are taken out of them."""

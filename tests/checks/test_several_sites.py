@@ -72,16 +72,17 @@ def test_checks_look_at_the_labels_of_a_site() -> None:
 def test_kinds_that_nobody_modelled_are_refused_for_new_tasks() -> None:
     tasks = kinds("code")
     likelihood = L.Kinds("code", {1: L.Bernoulli(), 0: L.Normal()})
-    fit = bm.fit(bm.models.multitask(features=1, likelihood=likelihood), tasks, method=METHOD)
+    method = bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=1))
+    fit = bm.fit(bm.models.multitask(features=1, likelihood=likelihood), tasks, method=method, progress=False)
     table = frame().query("task == 't1'").assign(task="new", code=2)
     new = bm.Tasks.from_dataframe(table, task="task", x="x", y="y", task_columns="code")
     with pytest.raises(ValueError, match="expected 'code' among"):
         fit.posterior(new)
 
 
-@pytest.mark.parametrize(("likelihood", "tasks"), [(OUTPUTS, outputs()), (KINDS, kinds())])
-def test_sharing_is_compared_by_names_and_levels(likelihood: Any, tasks: bm.Tasks) -> None:
+def test_sharing_is_compared_by_levels() -> None:
+    """By names: `test_several_outputs_are_scored_together`."""
     wide = bm.models.sharing.Gaussian(loc_scale=50.0, sd_scale=10.0)
-    model = bm.models.multitask(features=1, sharing=wide, likelihood=likelihood)
-    scores = bm.compare_sharing(model, tasks[:4], folds=2, context=None, method=bm.Marginal(shared="map"), draws=200)
+    model = bm.models.multitask(features=1, sharing=wide, likelihood=KINDS)
+    scores = bm.compare_sharing(model, kinds()[:4], folds=2, context=None, method=bm.Marginal(shared="map"), draws=200)
     assert all(np.isfinite(values).all() for values in scores.rows.values())

@@ -135,6 +135,7 @@ class Chooser(Conjugate):
 
 def test_only_what_fails_climbs(monkeypatch: pytest.MonkeyPatch) -> None:
     """60 tasks: the closed form is asked for those that fail, the audit looks at a twentieth of the others."""
+    monkeypatch.setattr(ladder, "LEAST_AUDITED", 2)
     rows = drawn_rows(60, seed=5)
     model, learned, tasks = setting(rows)
     learned.task = Chooser()
@@ -225,6 +226,33 @@ def test_a_second_mode_in_accepted_tasks_sends_all_of_them_up(monkeypatch: pytes
     monkeypatch.setattr("bayesmeta.inference.candidates.SHARES", {"guide": 0.7, "heavy": 0.2999999, "prior": 1e-7})
     audited = climb(density("squares"), left, theta, make_tasks(rows), known=True, refine="auto")
     assert methods(audited, 12).count("psis") == 0
+
+
+class Shoulder(Missing):
+    """Fits what lies beside the neck."""
+
+    def condition(self, theta: Tensor, context: Context) -> GaussianTasks:
+        covariance = torch.tensor([[0.476, 0.484], [0.484, 0.878]], dtype=theta.dtype)
+        loc = torch.tensor([-2.042, -0.197], dtype=theta.dtype)
+        shape = (len(theta), len(context.batch.names))
+        return GaussianTasks(loc.expand(*shape, 2), torch.linalg.cholesky(covariance.inverse()).expand(*shape, 2, 2))
+
+
+def test_a_neck_that_no_candidate_has_seen_is_missed() -> None:
+    """Two rows that are nearly the same: half of the posterior lies where the sd is below .05, at a mode of its own."""
+
+    def model(batch: bm.Batch) -> None:
+        with batch.tasks():
+            mean = pyro.sample("m", dist.Normal(0.0, 1.0))
+            sd = pyro.sample("s", dist.HalfNormal(1.0))
+            with batch.observations():
+                pyro.sample("y", dist.Normal(mean, sd), obs=batch.y)
+
+    tasks = bm.Tasks.from_arrays(None, [[-2.5376, -2.5389], [-2.5, -2.4, -3.4, -1.2]], names=["neck", "plain"])
+    theta = torch.zeros(1000, 0, dtype=torch.float64)
+    climber = ladder._Climber(TaskDensity(model, tasks), guides(Shoulder()), theta, tasks, False, None)
+    assert climber._modes(np.arange(2))[1].sum(0).tolist() == [1, 1]
+    assert climber._missed(np.arange(2)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("known", [True, False])

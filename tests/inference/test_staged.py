@@ -181,6 +181,6 @@ def test_an_unknown_noise_is_inferred_where_one_gaussian_fails() -> None:
         torch.manual_seed(0)
         guides, shared, _ = fit_amortized(density.again(), tasks, options, progress=False)
         with torch.no_grad():
-            drawn = weigh_known(density, guides, resample_theta(shared, 200), tasks)
+            drawn = weigh_known(density, guides, resample_theta(shared, 60), tasks)
         shares.append(sum(not flag for flag in drawn.flag) / len(tasks))
     assert shares[0] > 0.8 and shares[0] > shares[1] + 0.1, shares

@@ -203,7 +203,8 @@ def test_every_conditioning_fits_and_meets_a_new_task(scheme: str) -> None:
     torch.set_default_dtype(torch.float32)
     tasks = lines()
     model = bm.models.multitask(trunk(), conditioning=scheme)
-    fit = bm.fit(model, tasks, method=bm.Amortized(optimizer=bm.Optimizer(steps=40)), seed=0, progress=False)
+    method = bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=40))
+    fit = bm.fit(model, tasks, method=method, seed=0, progress=False)
     new = tasks.copies([0, 1], names=["new", "newer"])
     for some in (tasks, new):
         post = fit.posterior(some, draws=40, refine="none")
