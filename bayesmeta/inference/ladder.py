@@ -225,7 +225,7 @@ class _Climber:
         evidence = drawn.log_weight.logsumexp(0) - math.log(COMPARED)
         share = (drawn.log_weight.softmax(0) * at_mode).sum(0)
         expected = CENTRAL * (modes.log_evidence[0] - evidence).exp().clamp(max=1.0)
-        lacking = modes.converged[0] & (expected > NOTICED) & (share < expected / FAR_FEWER)
+        lacking = modes.converged[0] & ~(expected <= NOTICED) & ~(share >= expected / FAR_FEWER)
         missed: np.ndarray = ((there.sum(0) > 1) | lacking).numpy()
         return missed
 

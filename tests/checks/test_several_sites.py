@@ -80,9 +80,9 @@ def test_kinds_that_nobody_modelled_are_refused_for_new_tasks() -> None:
         fit.posterior(new)
 
 
-def test_sharing_is_compared_by_levels() -> None:
-    """By names: `test_several_outputs_are_scored_together`."""
+@pytest.mark.parametrize(("likelihood", "tasks"), [(OUTPUTS, outputs()), (KINDS, kinds())])
+def test_sharing_is_compared_by_names_and_levels(likelihood: Any, tasks: bm.Tasks) -> None:
     wide = bm.models.sharing.Gaussian(loc_scale=50.0, sd_scale=10.0)
-    model = bm.models.multitask(features=1, sharing=wide, likelihood=KINDS)
-    scores = bm.compare_sharing(model, kinds()[:4], folds=2, context=None, method=bm.Marginal(shared="map"), draws=200)
+    model = bm.models.multitask(features=1, sharing=wide, likelihood=likelihood)
+    scores = bm.compare_sharing(model, tasks[:4], folds=2, context=None, method=bm.Marginal(shared="map"), draws=200)
     assert all(np.isfinite(values).all() for values in scores.rows.values())

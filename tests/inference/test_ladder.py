@@ -39,6 +39,7 @@ from bayesmeta.inference.gaussian import GaussianTasks
 from bayesmeta.inference.ladder import climb
 from bayesmeta.inference.protocols import Context
 from bayesmeta.inference.weighing import Parts, TaskDraws
+from benchmarks.awkward_known import small_noise
 
 DRAWS = 4000
 
@@ -240,17 +241,9 @@ class Shoulder(Missing):
 
 def test_a_neck_that_no_candidate_has_seen_is_missed() -> None:
     """Two rows that are nearly the same: half of the posterior lies where the sd is below .05, at a mode of its own."""
-
-    def model(batch: bm.Batch) -> None:
-        with batch.tasks():
-            mean = pyro.sample("m", dist.Normal(0.0, 1.0))
-            sd = pyro.sample("s", dist.HalfNormal(1.0))
-            with batch.observations():
-                pyro.sample("y", dist.Normal(mean, sd), obs=batch.y)
-
     tasks = bm.Tasks.from_arrays(None, [[-2.5376, -2.5389], [-2.5, -2.4, -3.4, -1.2]], names=["neck", "plain"])
     theta = torch.zeros(1000, 0, dtype=torch.float64)
-    climber = ladder._Climber(TaskDensity(model, tasks), guides(Shoulder()), theta, tasks, False, None)
+    climber = ladder._Climber(TaskDensity(small_noise, tasks), guides(Shoulder()), theta, tasks, False, None)
     assert climber._modes(np.arange(2))[1].sum(0).tolist() == [1, 1]
     assert climber._missed(np.arange(2)).tolist() == [True, False]
 
