@@ -306,6 +306,8 @@ class Fit:
         density, guides = self._density, self._guides
         if (~empty).any():
             filled = index[~empty]
+            if not known:
+                _check_support(density, tasks[filled])
             found = climb(density, guides, theta, tasks[filled], known=known, refine=refine, replaced=replaced)
             parts += [(filled[positions], drawn) for positions, drawn in found]
         if empty.any():
@@ -336,7 +338,7 @@ def _check_conditional(options: Method, checkpoint: Any) -> None:
 
 
 def _check_support(density: TaskDensity, tasks: Tasks) -> None:
-    """Refuses data outside the likelihood's support before training on them."""
+    """Refuses data outside the likelihood's support before anything is learned or inferred from them."""
     for index in np.array_split(np.arange(len(tasks)), max(1, len(tasks) // 1000)):
         outside = density.outside_support(tasks.batch(index), density.initial_theta())
         for site, rows in outside.items():

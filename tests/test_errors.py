@@ -168,6 +168,17 @@ def test_data_outside_the_likelihoods_support_name_site_and_task() -> None:
         run(model, make_tasks(y=[np.round(y) for y in labels]))
 
 
+def test_labels_of_new_tasks_outside_the_support_name_the_task() -> None:
+    """The chains would say that they have not settled, which is true and helps nobody."""
+    labels = [np.abs(y) for y in arrays()[1]]
+    fit = run(outside, make_tasks(y=labels))
+    new = make_tasks(y=labels).copies([0, 1], names=["fine", "new"])
+    labels = new.y.clone()
+    labels[-1] = -3.0
+    with pytest.raises(ValueError, match=r"site 'waiting': data of task 'new' lie outside the support"):
+        fit.posterior(new.with_labels(labels), draws=10)
+
+
 def shrinking(batch: bm.Batch) -> None:
     """A scale that can leave the positive numbers, in the tasks that the column marks."""
     width = pyro.sample("width", dist.Normal(0.0, 1.0))
