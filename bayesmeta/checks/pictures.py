@@ -15,6 +15,7 @@ from bayesmeta.checks.bands import band
 from bayesmeta.checks.plots import BLUE, FONT, GREY, ORANGE, legend, panels
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PER_ROW = 3
@@ -103,14 +104,19 @@ def misfits(names: Sequence[str], z: np.ndarray, p: np.ndarray, named: Sequence[
         axis.set_xscale("symlog", linthresh=4, linscale=2)
         axis.xaxis.set_major_formatter("{x:g}")
     axis.axvspan(-2, 2, color=GREY, alpha=0.2, label="± 2 simulated sds")
-    for some, colour, label in ((~unlike, BLUE, "like the others"), (unlike, ORANGE, "unlike the others")):
-        if some.any():
-            axis.plot(z[order][some], line[some], "o", color=colour, markersize=7, label=label)
+    _points(axis, z[order], line, unlike, ("like the others", "unlike the others"))
     axis.axvline(0, color="black", linewidth=0.7)
     axis.set_yticks(line, [f"{names[i]}   {_p(p[i])}" for i in order])
     axis.set(xlabel=f"{statistic}: observed − simulated mean, in simulated sds", ylim=(0.3, len(order) + 0.7))
     figure.legend(loc="outside upper center", ncols=3, fontsize=FONT - 2, frameon=False)
     return figure
+
+
+def _points(axis: Axes, x: np.ndarray, y: np.ndarray, odd: np.ndarray, labels: tuple[str, str]) -> None:
+    """Points in two colours; of a kind that has none there is no legend."""
+    for some, colour, label in ((~odd, BLUE, labels[0]), (odd, ORANGE, labels[1])):
+        if some.any():
+            axis.plot(x[some], y[some], "o", color=colour, markersize=7, label=label)
 
 
 def left_out(names: Sequence[str], elpd: np.ndarray, khat: np.ndarray, limit: float, *, what: str) -> Figure:
@@ -131,9 +137,7 @@ def left_out(names: Sequence[str], elpd: np.ndarray, khat: np.ndarray, limit: fl
     line = np.arange(len(order), 0, -1)
     bad = ~(khat[order] < limit)
     for axis, values in ((left, elpd[order]), (right, khat[order])):
-        for some, colour, label in ((~bad, BLUE, "reliable"), (bad, ORANGE, f"k̂ above {limit:.2g}")):
-            if some.any():
-                axis.plot(values[some], line[some], "o", color=colour, markersize=7, label=label)
+        _points(axis, values, line, bad, ("reliable", f"k̂ above {limit:.2g}"))
         axis.set(ylim=(0.3, len(order) + 0.7))
     left.axvline(float(elpd.mean()), color="black", linewidth=0.7, linestyle="--", label="mean of all tasks")
     right.axvline(limit, color="black", linewidth=0.7, label="limit of k̂")
