@@ -11,7 +11,8 @@ from bayesmeta.results.row_draws import RowDraws
 def drawn() -> RowDraws:
     """Draws 0 … 100 of the first of two tasks, ten times as much of the second, which has one row less."""
     found = RowDraws()
-    some = np.random.default_rng(0).permutation(np.arange(101.0))[:, None, None, None] * np.array([1.0, 10.0])[:, None, None]
+    some = np.random.default_rng(0).permutation(np.arange(101.0))
+    some = some[:, None, None, None] * np.array([1.0, 10.0])[:, None, None]
     found.draws = np.broadcast_to(some, (101, 2, 3, 2)).copy()
     found.draws[:, 1, 2] = np.nan
     return found
