@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.stats import chi2
 from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
@@ -220,8 +219,9 @@ class _Climber:
         modes, there = self._modes(positions)
         theta = most_typical(self.theta).expand(COMPARED, -1)
         drawn = candidates(self.density, self.guides, self.tasks[positions], theta)
-        central = float(chi2.ppf(CENTRAL, self.density.structure.task_size))
-        at_mode = GaussianTasks(modes.loc[0], modes.factor[0]).pull(drawn.noise)[0] < central
+        distance = GaussianTasks(modes.loc[0], modes.factor[0]).pull(drawn.noise)[0]
+        half_size = distance.new_tensor(self.density.structure.task_size / 2)
+        at_mode = torch.special.gammainc(half_size, distance / 2) < CENTRAL
         evidence = drawn.log_weight.logsumexp(0) - math.log(COMPARED)
         share = (drawn.log_weight.softmax(0) * at_mode).sum(0)
         expected = CENTRAL * (modes.log_evidence[0] - evidence).exp().clamp(max=1.0)
