@@ -179,6 +179,27 @@ def test_labels_of_new_tasks_outside_the_support_name_the_task() -> None:
         fit.posterior(new.with_labels(labels), draws=10)
 
 
+def ceiling(batch: bm.Batch) -> None:
+    """Labels up to a limit that each task has for itself."""
+    with batch.tasks():
+        phi = pyro.sample("phi", dist.LogNormal(0.0, 1.0))
+        with batch.observations():
+            pyro.sample("y", dist.Uniform(0.0, 1.0 + phi), obs=batch.y)
+
+
+def test_labels_that_some_task_may_have_are_not_refused() -> None:
+    """Beyond the limit of a task at the prior's centre, not of every task; below 0 no task has any."""
+    rng = np.random.default_rng(0)
+    fit = run(ceiling, bm.Tasks.from_arrays(None, [rng.uniform(0, 1, 5) for _ in range(8)]))
+    phi = np.exp(np.linspace(-8.0, 8.0, 40001))
+    weight = np.exp(-0.5 * np.log(phi) ** 2) * (phi > 1.5) * (1 + phi) ** -2.0
+    post = fit.posterior(bm.Tasks.from_arrays(None, [[0.3, 2.5]], names=["new"]), draws=2000, seed=0)
+    exact = (weight * phi).sum() / weight.sum()
+    assert abs(float(post.mean("phi")[0]) / exact - 1) < 0.15
+    with pytest.raises(ValueError, match="data of task 'new' lie outside the support"):
+        fit.posterior(bm.Tasks.from_arrays(None, [[-0.3, 2.5]], names=["new"]))
+
+
 def shrinking(batch: bm.Batch) -> None:
     """A scale that can leave the positive numbers, in the tasks that the column marks."""
     width = pyro.sample("width", dist.Normal(0.0, 1.0))

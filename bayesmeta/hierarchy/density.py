@@ -30,6 +30,9 @@ from bayesmeta.hierarchy.tracing import Latents, Learned, Model, Site, Trace, tr
 
 Pick = Callable[[Trace, Any], Any]
 
+SUPPORT_AT = (0.0, 3.0, -3.0)
+"""Where all that is unknown stands when it is asked whether labels are possible: the prior's centre, and its tails."""
+
 
 class TaskDensity:
     """A hierarchical model as functions of flat unconstrained vectors.
@@ -180,12 +183,20 @@ class TaskDensity:
         return self._prior_scale
 
     def outside_support(self, batch: Batch, theta: Tensor) -> dict[str, Tensor]:
-        """Which rows of a batch lie outside the support of their likelihood at the prior's centre: `{site: (T, N)}`."""
-        noise = theta.new_zeros(len(batch.names), self.structure.task_size)
-        latents = Flat(self.structure, theta, noise, True)
-        with model_context(self.dtype), torch.no_grad():
-            trace, _ = self._trace(Batch(self.tensors(batch), batch.names, self.schema), latents, outcome="support")
-        return {name: ~inside for name, inside in trace.outcomes.items()}
+        """Which rows of a batch lie outside the support of their likelihood, whatever the task: `{site: (T, N)}`.
+
+        Supports may depend on parameters: a row is outside if it is so at the prior's centre and in its tails.
+        """
+        outside: dict[str, Tensor] = {}
+        for place in SUPPORT_AT:
+            noise = theta.new_full((len(batch.names), self.structure.task_size), place)
+            latents = Flat(self.structure, theta + place, noise, True)
+            with model_context(self.dtype), torch.no_grad():
+                trace, _ = self._trace(Batch(self.tensors(batch), batch.names, self.schema), latents, outcome="support")
+            outside = {name: ~inside & outside.get(name, ~inside) for name, inside in trace.outcomes.items()}
+            if not any(rows.any() for rows in outside.values()):
+                break
+        return outside
 
     def terms(self, batch: Batch, theta: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Log density terms a site and task, for finding the one that is not finite: `{site: (T,)}`."""
