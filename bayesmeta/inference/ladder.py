@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bayesmeta.data.tasks import Tasks
 from bayesmeta.hierarchy.density import TaskDensity
+from bayesmeta.inference import psis
 from bayesmeta.inference.candidates import candidates, log_evidence
 from bayesmeta.inference.chains import SEVERAL, move_known, move_new
 from bayesmeta.inference.exact import ExactGuide, are_gaussian
@@ -44,9 +45,11 @@ SUSPECTED = 48
 AUDITED, LEAST_AUDITED = 0.05, 32
 """Share of the accepted tasks that is audited, and how many are at least."""
 COMPARED = 512
-"""Candidates at one θ among which some must lie at the mode."""
+"""Candidates at one θ, some of whose weight must lie at the mode."""
 CENTRAL = 0.5
 """Probability of what counts as at the mode, were the posterior a Gaussian."""
+LOPSIDED = 0.1
+"""Relative ESS of these candidates below which their evidence is that of a few, and says nothing of what they miss."""
 NOTICED, FAR_FEWER = 0.05, 8
 """What should lie at the mode is looked for if it is so much of the evidence, and missed if so many times less is."""
 
@@ -215,7 +218,11 @@ class _Climber:
         return modes_of(self.density, self.tasks[positions], most_typical(self.theta), alone=alone)
 
     def _missed(self, positions: np.ndarray) -> np.ndarray:
-        """Whether there are several modes, or the guide hardly proposes what is at the one: the end of a neck, say."""
+        """Whether there are several modes, or hardly any weight at the one: the end of a neck, say.
+
+        One candidate on the wall of a neck can weigh more than all others and hide how much is missed: its task counts
+        as missed too.
+        """
         modes, there = self._modes(positions)
         theta = most_typical(self.theta).expand(COMPARED, -1)
         drawn = candidates(self.density, self.guides, self.tasks[positions], theta)
@@ -226,7 +233,8 @@ class _Climber:
         share = (drawn.log_weight.softmax(0) * at_mode).sum(0)
         expected = CENTRAL * (modes.log_evidence[0] - evidence).exp().clamp(max=1.0)
         lacking = modes.converged[0] & ~(expected <= NOTICED) & ~(share >= expected / FAR_FEWER)
-        missed: np.ndarray = ((there.sum(0) > 1) | lacking).numpy()
+        lopsided = ~(psis.relative_ess(drawn.log_weight.T.numpy()) >= LOPSIDED)
+        missed: np.ndarray = ((there.sum(0) > 1) | lacking).numpy() | lopsided
         return missed
 
     def _log_weight(self, positions: np.ndarray) -> Tensor:

@@ -248,6 +248,17 @@ def test_a_neck_that_no_candidate_has_seen_is_missed() -> None:
     assert climber._missed(np.arange(2)).tolist() == [True, False]
 
 
+def test_one_heavy_candidate_does_not_hide_a_neck() -> None:
+    """On the neck's wall a candidate makes the evidence so large that the mode would seem to be negligible."""
+    tasks = bm.Tasks.from_arrays(None, [[-2.5376, -2.5389]] * 400)
+    theta = torch.zeros(200, 0, dtype=torch.float64)
+    with seeded(1):
+        climber = ladder._Climber(TaskDensity(small_noise, tasks[:2]), guides(Shoulder()), theta, tasks, False, None)
+        climber.guide()
+        accepted = climber.found.accepted
+        assert len(accepted) > 20 and climber._missed(accepted).all()
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_two_modes_have_their_weights(known: bool) -> None:
     theta = theta_draws("squares", SQUARES, DRAWS)
