@@ -22,6 +22,7 @@ from bayesmeta.hierarchy.model import ConditionalModel, HierarchicalModel
 from bayesmeta.hierarchy.recording import seeded
 from bayesmeta.hierarchy.tracing import Model
 from bayesmeta.inference.amortized import Amortized
+from bayesmeta.inference.chunks import task_chunks
 from bayesmeta.inference.conditional import fit_conditional
 from bayesmeta.inference.ladder import LEAST_DRAWS, REFINEMENTS, climb
 from bayesmeta.inference.marginal import Marginal
@@ -339,13 +340,13 @@ def _check_conditional(options: Method, checkpoint: Any) -> None:
 
 def _check_support(density: TaskDensity, tasks: Tasks) -> None:
     """Refuses data outside the likelihood's support before anything is learned or inferred from them."""
-    for index in np.array_split(np.arange(len(tasks)), max(1, len(tasks) // 1000)):
-        outside = density.outside_support(tasks.batch(index), density.initial_theta())
+    for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
+        outside = density.outside_support(chunk.batch, density.initial_theta())
         for site, rows in outside.items():
-            bad = rows.any(-1).nonzero().flatten().tolist()
+            bad = rows[: len(chunk.index)].any(-1).nonzero().flatten().tolist()
             if bad:
                 others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
                 raise ValueError(
-                    f"site {site!r}: data of task {tasks.names[index[bad[0]]]!r}{others} lie outside "
+                    f"site {site!r}: data of task {tasks.names[chunk.index[bad[0]]]!r}{others} lie outside "
                     "the support of the likelihood; check the labels, or choose a likelihood that allows them"
                 )

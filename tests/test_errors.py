@@ -188,7 +188,7 @@ def ceiling(batch: bm.Batch) -> None:
 
 
 def test_labels_that_some_task_may_have_are_not_refused() -> None:
-    """Beyond the limit of a task at the prior's centre, not of every task; below 0 no task has any."""
+    """Beyond the limit of the task at the prior's centre, not of every task."""
     rng = np.random.default_rng(0)
     fit = run(ceiling, bm.Tasks.from_arrays(None, [rng.uniform(0, 1, 5) for _ in range(8)]))
     phi = np.exp(np.linspace(-8.0, 8.0, 40001))
@@ -196,8 +196,6 @@ def test_labels_that_some_task_may_have_are_not_refused() -> None:
     post = fit.posterior(bm.Tasks.from_arrays(None, [[0.3, 2.5]], names=["new"]), draws=2000, seed=0)
     exact = (weight * phi).sum() / weight.sum()
     assert abs(float(post.mean("phi")[0]) / exact - 1) < 0.15
-    with pytest.raises(ValueError, match="data of task 'new' lie outside the support"):
-        fit.posterior(bm.Tasks.from_arrays(None, [[-0.3, 2.5]], names=["new"]))
 
 
 def shrinking(batch: bm.Batch) -> None:

@@ -30,9 +30,6 @@ from bayesmeta.hierarchy.tracing import Latents, Learned, Model, Site, Trace, tr
 
 Pick = Callable[[Trace, Any], Any]
 
-SUPPORT_AT = (0.0, 3.0, -3.0)
-"""Where all that is unknown stands when it is asked whether labels are possible: the prior's centre, and its tails."""
-
 
 class TaskDensity:
     """A hierarchical model as functions of flat unconstrained vectors.
@@ -185,18 +182,18 @@ class TaskDensity:
     def outside_support(self, batch: Batch, theta: Tensor) -> dict[str, Tensor]:
         """Which rows of a batch lie outside the support of their likelihood, whatever the task: `{site: (T, N)}`.
 
-        Supports may depend on parameters: a row is outside if it is so at the prior's centre and in its tails.
+        A support that depends on parameters excludes no row: the density says what is possible in which task.
         """
-        outside: dict[str, Tensor] = {}
-        for place in SUPPORT_AT:
-            noise = theta.new_full((len(batch.names), self.structure.task_size), place)
-            latents = Flat(self.structure, theta + place, noise, True)
-            with model_context(self.dtype), torch.no_grad():
-                trace, _ = self._trace(Batch(self.tensors(batch), batch.names, self.schema), latents, outcome="support")
-            outside = {name: ~inside & outside.get(name, ~inside) for name, inside in trace.outcomes.items()}
-            if not any(rows.any() for rows in outside.values()):
+        noise = theta.new_zeros(len(batch.names), self.structure.task_size)
+        whole = Batch(self.tensors(batch), batch.names, self.schema)
+        for graded in (False, True):
+            theta, noise = (value.detach().requires_grad_(graded) for value in (theta, noise))
+            latents = Flat(self.structure, theta, noise, True)
+            with model_context(self.dtype), torch.set_grad_enabled(graded):
+                trace, _ = self._trace(whole, latents, outcome="support")
+            if all(inside.all() for inside in trace.outcomes.values()):
                 break
-        return outside
+        return {name: ~inside for name, inside in trace.outcomes.items()}
 
     def terms(self, batch: Batch, theta: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Log density terms a site and task, for finding the one that is not finite: `{site: (T,)}`."""

@@ -280,6 +280,24 @@ def test_rows_outside_the_support_are_named() -> None:
     assert outside["y"].tolist() == [[False, True], [False, False]]
 
 
+def test_supports_that_depend_on_parameters_exclude_no_row() -> None:
+    """On those of a task or of all; a site whose bounds are known is judged."""
+
+    def model(batch: Batch) -> None:
+        width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+        with batch.tasks():
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            with batch.observations():
+                pyro.sample("own", dist.Uniform(phi, phi + 1.0), obs=batch.y)
+                pyro.sample("shared", dist.Uniform(-width, width), obs=batch.y)
+                pyro.sample("known", dist.Uniform(-4.0, 4.0), obs=batch.y)
+
+    tasks = Tasks.from_arrays(None, [[1.0, 3.0], [-5.0]])
+    outside = TaskDensity(model, tasks).outside_support(tasks.batch([0, 1]), torch.zeros(1))
+    assert not any(outside[name].any() for name in ("own", "shared"))
+    assert outside["known"].tolist() == [[False, False], [True, False]]
+
+
 def test_terms_name_the_site_and_the_task() -> None:
     density, tasks = density_of("outputs"), SCENARIOS["outputs"].tasks
     theta, noise = point(density, 4)
