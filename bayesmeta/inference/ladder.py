@@ -31,6 +31,7 @@ from bayesmeta.inference.weighing import (
     EFFECTIVE_CANDIDATES,
     Parts,
     draw_unchecked,
+    pieces,
     weigh_known,
     weigh_new,
 )
@@ -159,7 +160,8 @@ class _Climber:
         count = max(LEAST_AUDITED, math.ceil(AUDITED * len(accepted)))
         order = torch.randperm(len(accepted)).numpy()
         for some in (accepted[order[:count]], accepted[order[count:]]):
-            missed = some[self._missed(some)] if len(some) else some
+            parts = pieces(some, COMPARED * (self.density.structure.task_size + 2))
+            missed = np.concatenate([some[:0], *(part[self._missed(part)] for part in parts)])
             if not len(missed):
                 return
             self.found.doubt(missed)
@@ -227,8 +229,7 @@ class _Climber:
         theta = most_typical(self.theta).expand(COMPARED, -1)
         drawn = candidates(self.density, self.guides, self.tasks[positions], theta)
         distance = GaussianTasks(modes.loc[0], modes.factor[0]).pull(drawn.noise)[0]
-        half_size = distance.new_tensor(self.density.structure.task_size / 2)
-        at_mode = torch.special.gammainc(half_size, distance / 2) < CENTRAL
+        at_mode = _chi_square_cdf(distance, self.density.structure.task_size) < CENTRAL
         evidence = drawn.log_weight.logsumexp(0) - math.log(COMPARED)
         share = (drawn.log_weight.softmax(0) * at_mode).sum(0)
         expected = CENTRAL * (modes.log_evidence[0] - evidence).exp().clamp(max=1.0)
@@ -244,3 +245,8 @@ class _Climber:
         guides = replace(self.guides, task=self._attached(LaplaceGuide.around(self.theta)))
         old = self.replaced[positions]
         return -log_evidence(self.density, guides, old, self.theta, per_theta=EFFECTIVE_CANDIDATES)
+
+
+def _chi_square_cdf(value: Tensor, size: int) -> Tensor:
+    """Of the squared distance of a standard normal vector from 0; torch has it as the incomplete gamma function."""
+    return torch.special.gammainc(value.new_tensor(size / 2), value / 2)

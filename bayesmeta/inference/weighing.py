@@ -112,14 +112,15 @@ def weigh_known(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Task
     blocks = [
         (index, _weigh_together(density, guides, theta, tasks[index], per_theta).chosen(theta))
         for per_theta in np.unique(needed).tolist()
-        for index in _cut(np.flatnonzero(needed == per_theta), BLOCK_NUMBERS // (width * per_theta))
+        for index in pieces(np.flatnonzero(needed == per_theta), width * per_theta)
     ]
     return _beside(blocks)
 
 
-def _cut(index: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Pieces of an array that have at most `size` entries, or one."""
-    return (index[start : start + max(1, size)] for start in range(0, len(index), max(1, size)))
+def pieces(index: np.ndarray, numbers: int) -> Iterator[np.ndarray]:
+    """Pieces of an array of tasks whose candidates are not kept, `numbers` numbers a task."""
+    size = max(1, BLOCK_NUMBERS // numbers)
+    return (index[start : start + size] for start in range(0, len(index), size))
 
 
 def _weigh_together(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Tasks, per_theta: int) -> TaskDraws:
@@ -250,7 +251,7 @@ def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta
     """M of each task such that M × relative ESS ≥ 16, from a pilot `(T,)`."""
     pilot = theta[:PILOT_THETA].repeat_interleave(MIN_CANDIDATES, 0)
     ess = np.empty(len(tasks))
-    for index in _cut(np.arange(len(tasks)), BLOCK_NUMBERS // (len(pilot) * (density.structure.task_size + 2))):
+    for index in pieces(np.arange(len(tasks)), len(pilot) * (density.structure.task_size + 2)):
         some = tasks if len(index) == len(tasks) else tasks[index]
         raw = candidates(density, guides, some, pilot).log_weight.reshape(-1, MIN_CANDIDATES, len(some))
         ess[index] = _diagnose((raw - _log_mean_of_others(raw)).reshape(-1, len(some)).numpy())[1]

@@ -29,6 +29,7 @@ from one_dimensional import (
     plugged_in,
     theta_draws,
 )
+from scipy.stats import chi2
 from torch import Tensor
 
 import bayesmeta as bm
@@ -257,6 +258,34 @@ def test_one_heavy_candidate_does_not_hide_a_neck() -> None:
         climber.guide()
         accepted = climber.found.accepted
         assert len(accepted) > 20 and climber._missed(accepted).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 20])
+def test_half_of_a_normal_distribution_is_central(size: int) -> None:
+    value = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    quantile = torch.as_tensor(chi2.ppf(value.numpy(), size))
+    torch.testing.assert_close(ladder._chi_square_cdf(quantile, size), value)
+
+
+def test_the_audit_looks_at_some_tasks_then_at_all_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 32 at least; only tasks that are missed are doubted."""
+    tasks = bm.Tasks.from_arrays(None, [[-2.5, -2.4, -3.4, -1.2]] * 100)
+    theta = torch.zeros(200, 0, dtype=torch.float64)
+    climber = ladder._Climber(TaskDensity(small_noise, tasks[:2]), guides(Shoulder()), theta, tasks, False, None)
+    climber.guide()
+    climber.found._doubt[:] = False
+    seen: list[np.ndarray] = []
+
+    def missed(_: ladder._Climber, positions: np.ndarray) -> np.ndarray:
+        seen.append(positions)
+        return np.arange(len(positions)) == 0
+
+    monkeypatch.setattr(ladder._Climber, "_missed", missed)
+    monkeypatch.setattr("bayesmeta.inference.weighing.BLOCK_NUMBERS", 20 * 512 * 4)
+    climber.audit()
+    assert [len(part) for part in seen] == [20, 12, 20, 20, 20, 8]
+    assert sorted(np.concatenate(seen)) == list(range(100))
+    assert climber.found.open.tolist() == sorted(part[0] for part in seen)
 
 
 @pytest.mark.parametrize("known", [True, False])
