@@ -32,9 +32,9 @@ class Roles:
 
     task: str
     y: str | Sequence[str]
-    x: str | Sequence[str] = ()
-    columns: str | Sequence[str] = ()
-    task_columns: str | Sequence[str] = ()
+    x: str | Sequence[str] | None = None
+    columns: str | Sequence[str] | None = None
+    task_columns: str | Sequence[str] | None = None
     weight: str | None = None
     task_weight: str | None = None
 
@@ -55,8 +55,10 @@ class Roles:
         return pairs + [(role, name) for role, name in single.items() if name is not None]
 
 
-def named(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns one name or several as a tuple."""
+def named(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns one name, several or none as a tuple."""
+    if names is None:
+        return ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 

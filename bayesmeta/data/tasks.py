@@ -54,9 +54,9 @@ class Tasks:
         *,
         task: str,
         y: str | Sequence[str],
-        x: str | Sequence[str] = (),
-        columns: str | Sequence[str] = (),
-        task_columns: str | Sequence[str] = (),
+        x: str | Sequence[str] | None = None,
+        columns: str | Sequence[str] | None = None,
+        task_columns: str | Sequence[str] | None = None,
         weight: str | None = None,
         task_weight: str | None = None,
         missing: str = "error",
@@ -67,7 +67,8 @@ class Tasks:
             df: A dataframe of pandas, polars, pyarrow or anything else that narwhals reads.
             task: Column that says which task a row belongs to; its values as text are the names.
             y: Column of the labels: dy is `()`; a list of k columns: dy is `(k,)`.
-            x: Columns of the inputs, dx is `(k,)`; text becomes codes. A single column of arrays gives their shape.
+            x: Columns of the inputs, dx is `(k,)`, or None for no inputs; text becomes codes. A single column of arrays
+                gives their shape.
             columns: Per-row data that the likelihood needs (trials, exposure, known standard errors, an index).
             task_columns: Per-task covariates; constant within a task.
             weight: Column that multiplies a row's log likelihood.

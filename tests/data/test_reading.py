@@ -72,7 +72,7 @@ def test_one_output_or_a_list() -> None:
     assert read(df, y=["y", "n"]).batch([0, 1]).y.shape == (2, 3, 2)
     assert read(df, y=["y"]).schema.y_shape == (1,)
     assert read(df, y="n").y.dtype == torch.int64
-    assert read(df).x.shape == (5, 0)
+    assert read(df).x.shape == read(df, x=None, columns=None, task_columns=None).x.shape == (5, 0)
 
 
 @pytest.mark.parametrize(
