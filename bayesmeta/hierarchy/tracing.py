@@ -271,18 +271,10 @@ class _Handler(Messenger):
 
     def _check_support(self, name: str, fn: dist.TorchDistribution, value: Tensor, mask: Any) -> None:
         support = whitening.support(fn)
-        inside = support.check(value) | _requires_grad(support)
+        inside = support.check(value) | whitening.has_graded_bounds(support)
         kept = _kept(fn, mask)
         inside = inside if kept is None else inside | ~kept
         self.trace.outcomes[name] = inside.expand(torch.broadcast_shapes(inside.shape, (self.trace.tasks, 1)))
-
-
-def _requires_grad(support: Any) -> bool:
-    """Whether the bounds of a constraint, or of what it is made of, depend on what gradients are recorded of."""
-    if isinstance(support, Tensor):
-        return support.requires_grad
-    parts = support if isinstance(support, (list, tuple)) else getattr(support, "__dict__", {}).values()
-    return any(_requires_grad(part) for part in parts)
 
 
 def _is_deterministic(msg: dict[str, Any]) -> bool:

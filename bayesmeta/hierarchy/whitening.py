@@ -87,6 +87,14 @@ def support(fn: dist.TorchDistribution) -> Any:
     return constraints.independent(inner, extra) if extra else inner
 
 
+def has_graded_bounds(support: Any) -> bool:
+    """Whether the bounds of a constraint, or of what it is made of, depend on what gradients are recorded of."""
+    if isinstance(support, Tensor):
+        return support.requires_grad
+    parts = support if isinstance(support, (list, tuple)) else getattr(support, "__dict__", {}).values()
+    return any(has_graded_bounds(part) for part in parts)
+
+
 def is_improper(fn: dist.TorchDistribution) -> bool:
     """Whether a prior is flat and has no integral."""
     return isinstance(_strip(fn), dist.ImproperUniform)
