@@ -3,7 +3,6 @@
 Proposals are defensive mixtures of the guide, its t(5) version and the prior, with the mixture density in the weights.
 The guide itself keeps the weights of a good guide nearly constant (with t(5) alone the evidence of 85 tasks from 8
 candidates each has a variance of 2); the t(5) gives the tails that k̂ needs, the prior what the guide has missed.
-Which of the three a candidate is from is not left to chance: among few candidates of one θ each has about its share.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from bayesmeta.inference.protocols import Context, TaskPosterior
 
 SHARES = {"guide": 0.7, "heavy": 0.2, "prior": 0.1}
 """Mixture weights of every proposal."""
-GOLDEN = (math.sqrt(5) - 1) / 2
 BY_DRAW = (0, 0, None, None)
 
 
@@ -47,7 +45,7 @@ def propose(density: TaskDensity, guides: Guides, context: Context, theta: Tenso
     posterior = guides.task.condition(theta, context)
     if isinstance(posterior, ExactTasks):
         return Candidates(posterior.sample(), posterior.log_evidence)
-    pick = _evenly(len(theta), len(context.batch.names)).to(theta.dtype)
+    pick = torch.rand(len(theta), len(context.batch.names), dtype=theta.dtype)
     noise = _mixed(posterior, pick < SHARES["heavy"])
     from_prior = (pick > 1 - SHARES["prior"]).unsqueeze(-1)
     noise = torch.where(from_prior, prior_draws(density, guides, context, theta), noise)
@@ -57,16 +55,6 @@ def propose(density: TaskDensity, guides: Guides, context: Context, theta: Tenso
     log_proposal = torch.logaddexp(log_guide, log_prior + math.log(SHARES["prior"]))
     log_weight = log_prior + log_likelihood - log_proposal
     return Candidates(noise, torch.where(log_weight.isnan(), -math.inf, log_weight))
-
-
-def _evenly(count: int, tasks: int) -> Tensor:
-    """Numbers in [0, 1) `(count, tasks)`, each uniform; of a task any few that follow each other lie evenly.
-
-    The additive recurrence of the golden ratio (Niederreiter: Random Number Generation and Quasi-Monte Carlo Methods,
-    1992, section 3.1) from a random start, whatever pieces the candidates are cut into.
-    """
-    steps = torch.arange(count, dtype=torch.float64) * GOLDEN
-    return (torch.rand(tasks, dtype=torch.float64) + steps.unsqueeze(1)) % 1
 
 
 def _mixed(posterior: TaskPosterior, heavy: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from bayesmeta.inference.newton import Modes
 from bayesmeta.inference.objectives import Guides
 from bayesmeta.inference.protocols import TaskGuide
 from bayesmeta.inference.weighing import (
-    EVIDENCE_CANDIDATES,
+    EFFECTIVE_CANDIDATES,
     Parts,
     draw_unchecked,
     pieces,
@@ -244,7 +244,7 @@ class _Climber:
             return self.theta.new_zeros(len(self.theta), len(positions))
         guides = replace(self.guides, task=self._attached(LaplaceGuide.around(self.theta)))
         old = self.replaced[positions]
-        return -log_evidence(self.density, guides, old, self.theta, per_theta=EVIDENCE_CANDIDATES)
+        return -log_evidence(self.density, guides, old, self.theta, per_theta=EFFECTIVE_CANDIDATES)
 
 
 def _chi_square_cdf(value: Tensor, size: int) -> Tensor:

@@ -24,15 +24,11 @@ from bayesmeta.inference.objectives import Guides
 
 COUNTS = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of candidates at one θ: few different ones, since each needs a graph of its own."""
+MIN_CANDIDATES = COUNTS[0]
+EFFECTIVE_CANDIDATES = 16
+"""Among the candidates of one θ draw so many are effective: M × relative ESS ≥ 16."""
 MAX_CANDIDATES = COUNTS[-1]
-BIAS = 0.02
-"""How far, in posterior standard deviations, choosing among few candidates may move a moment of the draws."""
-EFFECTIVE = 6
-"""So many candidates of one θ are effective at least: where the guide has missed, hardly one is."""
-EVIDENCE_CANDIDATES = 16
-"""Candidates that the evidence of one task at one θ is estimated from."""
-PILOT_THETA = 32
-PILOT_CANDIDATES = 16
+PILOT_THETA = 64
 KEPT_NUMBERS = 2**28
 """Numbers among the candidates of known tasks that are kept (2 GiB; twice as much while they are drawn): of more
 only the draws are."""
@@ -106,10 +102,6 @@ def weigh_known(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Task
     θ `(S, d_theta)` has already learned from these tasks: each task's parameters are chosen among M candidates at every
     θ_s. k̂ and the relative ESS are those of log w − log p̂₋(D_i | θ_s), p̂₋ without the candidate. Of very many tasks
     only the chosen candidates are kept.
-
-    References:
-        Andrieu, Lee, Vihola: Uniform ergodicity of the iterated conditional SMC and geometric ergodicity of particle
-        Gibbs samplers, Bernoulli 24(2), 2018 (iterated sampling importance resampling, section 1).
     """
     if guides.task.method == "exact":
         return equal_draws(theta, candidates(density, guides, tasks, theta).noise, "exact", 0.0, "", joint=True)
@@ -136,13 +128,12 @@ def _weigh_together(density: TaskDensity, guides: Guides, theta: Tensor, tasks: 
     pool = theta.repeat_interleave(per_theta, 0)
     drawn = candidates(density, guides, tasks, pool)
     raw = drawn.log_weight.reshape(draws, per_theta, len(tasks))
-    share = _shares(raw)
-    chosen = _choose(share)
+    within = raw - raw.logsumexp(1, keepdim=True)
+    chosen = _choose(within)
     offset = np.arange(draws)[:, None] * per_theta
     leave_one_out = raw - _log_mean_of_others(raw)
     khat, ess = _diagnose(leave_one_out.reshape(-1, len(tasks)).numpy())
-    khat[(share.amax(1) == 0).any(0).numpy()] = math.inf
-    log_weight = (share.log() - math.log(draws)).reshape(-1, len(tasks)).numpy()
+    log_weight = (within - math.log(draws)).reshape(-1, len(tasks)).numpy()
     flag = _flags(khat, ess, len(pool))
     method = [guides.task.method] * len(tasks)
     return TaskDraws(pool, drawn.noise, log_weight, offset + chosen, khat, ess, method, flag, joint=True)
@@ -168,7 +159,7 @@ def weigh_new(
     drawn = candidates(density, guides, tasks, theta)
     raw = drawn.log_weight
     if replaced is not None:
-        raw = raw - log_evidence(density, guides, replaced, theta, per_theta=EVIDENCE_CANDIDATES)
+        raw = raw - log_evidence(density, guides, replaced, theta, per_theta=EFFECTIVE_CANDIDATES)
     return judged(theta, drawn.noise, raw, guides.task.method)
 
 
@@ -257,29 +248,15 @@ def _beside(blocks: Parts) -> TaskDraws:
 
 
 def _candidates_needed(density: TaskDensity, guides: Guides, tasks: Tasks, theta: Tensor) -> np.ndarray:
-    """M of each task, from a pilot `(T,)`.
-
-    With s the sd of the weights under the posterior, their mean under the proposal being 1, choosing one of M is off by
-    s / M at most to first order, and the two choices of `_shares`, in simulations, by 4 s (1 + s) / M².
-    """
-    pilot = theta[:PILOT_THETA].repeat_interleave(PILOT_CANDIDATES, 0)
-    spread, ess = np.empty((2, len(tasks)))
+    """M of each task such that M × relative ESS ≥ 16, from a pilot `(T,)`."""
+    pilot = theta[:PILOT_THETA].repeat_interleave(MIN_CANDIDATES, 0)
+    ess = np.empty(len(tasks))
     for index in pieces(np.arange(len(tasks)), len(pilot) * (density.structure.task_size + 2)):
         some = tasks if len(index) == len(tasks) else tasks[index]
-        raw = candidates(density, guides, some, pilot).log_weight.reshape(-1, PILOT_CANDIDATES, len(some))
-        left_out = (raw - _log_mean_of_others(raw)).reshape(-1, len(some))
-        spread[index], ess[index] = _spread(left_out), psis.relative_ess(left_out.T.numpy())
-    least = np.maximum(2 * np.sqrt(spread * (1 + spread) / BIAS), EFFECTIVE / ess)
-    least = np.nan_to_num(least, nan=np.inf)
-    enough = np.array(COUNTS)[:, None] >= least
+        raw = candidates(density, guides, some, pilot).log_weight.reshape(-1, MIN_CANDIDATES, len(some))
+        ess[index] = _diagnose((raw - _log_mean_of_others(raw)).reshape(-1, len(some)).numpy())[1]
+    enough = np.array(COUNTS)[:, None] * ess >= EFFECTIVE_CANDIDATES - 0.1
     return np.where(enough.any(0), np.array(COUNTS)[enough.argmax(0)], MAX_CANDIDATES)
-
-
-def _spread(log_weight: Tensor) -> np.ndarray:
-    """Sd, under the target, of the weights divided by their mean `(K, T)` -> `(T,)`."""
-    first, second, third = ((k * log_weight).logsumexp(0) - math.log(len(log_weight)) for k in (1, 2, 3))
-    variance = (third - 3 * first).exp() - (2 * (second - 2 * first)).exp()
-    return variance.clamp(min=0.0).sqrt().numpy()
 
 
 def _log_mean_of_others(raw: Tensor) -> Tensor:
@@ -290,29 +267,11 @@ def _log_mean_of_others(raw: Tensor) -> Tensor:
     return others.log() + peak - math.log(raw.shape[1] - 1)
 
 
-def _shares(raw: Tensor) -> Tensor:
-    """The probability to choose each of M candidates, from log weights `(S, M, T)`.
-
-    One of a half is chosen and competes with the other half, either half being the first as often. Choosing once among
-    M leaves an error of the order 1 / M. The second choice is a step of a Markov chain that keeps the posterior: its
-    error is of the order 1 / M². Where no candidate is possible, all shares are 0.
-    """
-    half = raw.shape[1] // 2
-    share = torch.zeros_like(raw)
-    for own, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-        index = torch.as_tensor(_choose(raw[:, own].softmax(1))).unsqueeze(1)
-        carried = raw[:, own].gather(1, index)
-        total = torch.logaddexp(raw[:, other].logsumexp(1, keepdim=True), carried)
-        share[:, other] += (raw[:, other] - total).exp() / 2
-        share[:, own].scatter_add_(1, index, (carried - total).exp() / 2)
-    return share.nan_to_num_()
-
-
-def _choose(share: Tensor) -> np.ndarray:
+def _choose(log_share: Tensor) -> np.ndarray:
     """Draws one candidate of each θ and task: `(S, M, T)` -> `(S, T)`."""
-    cumulative = share.cumsum(1)
-    point = torch.rand(share.shape[0], 1, share.shape[2], dtype=share.dtype)
-    return (cumulative < point * cumulative[:, -1:]).sum(1).clamp(max=share.shape[1] - 1).numpy()
+    cumulative = log_share.exp().cumsum(1)
+    point = torch.rand(log_share.shape[0], 1, log_share.shape[2], dtype=log_share.dtype)
+    return (cumulative < point * cumulative[:, -1:]).sum(1).clamp(max=log_share.shape[1] - 1).numpy()
 
 
 def _smoothed(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

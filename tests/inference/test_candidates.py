@@ -16,7 +16,7 @@ from scipy.stats import kstest, norm
 
 from bayesmeta.data.batch import Batch
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference.candidates import SHARES, _evenly, candidates, guide_draws, log_evidence, prior_noise
+from bayesmeta.inference.candidates import SHARES, candidates, guide_draws, log_evidence, prior_noise
 from bayesmeta.inference.psis import relative_ess
 
 MU = 0.7
@@ -50,14 +50,6 @@ def test_weights_average_to_the_evidence_and_weigh_the_posterior(shift: float, w
     for power, truth in ((1, 0.0), (2, 1.0)):
         terms = relative * (off**power - truth)
         assert (np.abs(terms.mean(0)) < 4 * terms.std(0) / math.sqrt(draws)).all()
-
-
-def test_the_sources_of_candidates_are_spread_evenly() -> None:
-    pick = _evenly(4000, 3)
-    assert all(kstest(pick[:, i], "uniform").statistic < 0.002 for i in range(3))
-    prior = (pick > 1 - SHARES["prior"]).unfold(0, 16, 1).sum(-1)
-    assert prior.min() >= 1 and prior.max() <= 3
-    assert kstest(_evenly(3, 4000)[2], "uniform").pvalue > 0.01
 
 
 def test_a_density_that_is_no_number_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from conjugate import ROWS, SIGMA, TAU, ExactGuide, close, conditional, exact, m
 from torch import Tensor
 
 from bayesmeta.inference import weighing
-from bayesmeta.inference.candidates import Candidates, candidates
 from bayesmeta.inference.correction import SharedDraws, correct_shared
 from bayesmeta.inference.weighing import (
     TaskDraws,
@@ -121,7 +119,7 @@ def test_one_candidate_that_outweighs_all_others_is_seen() -> None:
 def test_candidates_are_chosen_by_their_share() -> None:
     share = torch.tensor([0.05, 0.6, 0.0, 0.35], dtype=torch.float64)
     count = 20_000
-    index = weighing._choose(share.reshape(1, 4, 1).expand(count, 4, 2))
+    index = weighing._choose(share.log().reshape(1, 4, 1).expand(count, 4, 2))
     for task in range(2):
         found = np.bincount(index[:, task], minlength=4) / count
         error = np.sqrt(share.numpy() * (1 - share.numpy()) / count)
@@ -135,66 +133,7 @@ def test_worse_guides_get_more_candidates() -> None:
         density, guides, tasks = setting(ROWS)
         guides.task = guide
         needed.append(weighing._candidates_needed(density, guides, tasks, resample_theta(shared_draws(), 100)).max())
-    assert weighing.COUNTS[0] <= needed[0] < needed[1] < needed[2] == weighing.MAX_CANDIDATES
-
-
-def shifted(candidates: int, count: int) -> tuple[Tensor, Tensor]:
-    """Draws from N(0.3, 1) and their log weights for N(0, 1) `(S, M, 1)`."""
-    x = 0.3 + torch.randn(count, candidates, 1, dtype=torch.float64)
-    return x, 0.045 - 0.3 * x
-
-
-def test_the_second_choice_takes_most_of_the_bias_of_the_first_away() -> None:
-    count = 100_000
-    error = 1 / math.sqrt(count)
-    x, log_weight = shifted(8, count)
-    share = weighing._shares(log_weight)
-    torch.testing.assert_close(share.sum(1), torch.ones_like(share[:, 0]))
-    s = weighing._spread(log_weight.reshape(-1, 1))[0]
-    bound = 4 * s * (1 + s) / 8**2
-    assert 4 * error < bound < 0.03
-    found = {
-        "one choice": float((log_weight.softmax(1) * x).sum(1).mean()),
-        "two": float((share * x).sum(1).mean()),
-        "drawn": float(x[:, :, 0].gather(1, torch.as_tensor(weighing._choose(share))).mean()),
-    }
-    assert found["one choice"] > bound
-    assert all(abs(found[name]) <= bound for name in ("two", "drawn"))
-
-
-def test_the_spread_of_weights_is_the_one_under_the_target() -> None:
-    """Of N(0.3, 1) for N(0, 1): the weights are log normal, their moments are exp(0.09 k (k - 1) / 2)."""
-    _, log_weight = shifted(1, 400_000)
-    found = weighing._spread(log_weight[:, 0] - 700.0)[0]
-    assert found == pytest.approx(math.sqrt(math.exp(0.27) - math.exp(0.18)), rel=0.02)
-    assert weighing._spread(torch.full((512, 3), -5.0)).tolist() == [0.0, 0.0, 0.0]
-
-
-def make_impossible(monkeypatch: pytest.MonkeyPatch, where: slice) -> None:
-    """The second task has no possible candidate at the θ whose candidates are at `where`."""
-
-    def dead(*given: Any) -> Candidates:
-        drawn = candidates(*given)
-        drawn.log_weight[where, 1] = -math.inf
-        return drawn
-
-    monkeypatch.setattr(weighing, "candidates", dead)
-
-
-def test_a_task_without_possible_candidates_gets_all_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    density, guides, tasks = setting(ROWS)
-    make_impossible(monkeypatch, slice(None))
-    needed = weighing._candidates_needed(density, guides, tasks, resample_theta(shared_draws(), 100))
-    assert needed[1] == weighing.MAX_CANDIDATES and needed[0] < weighing.MAX_CANDIDATES
-
-
-def test_one_draw_of_theta_without_possible_candidates_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    density, guides, tasks = setting(ROWS)
-    make_impossible(monkeypatch, slice(weighing.COUNTS[0]))
-    monkeypatch.setattr(weighing, "_candidates_needed", lambda *_: np.array([weighing.COUNTS[0]]))
-    drawn = weigh_known(density, guides, resample_theta(shared_draws(), 200), tasks)
-    assert [bool(text) for text in drawn.flag] == [i == 1 for i in range(len(tasks))]
-    assert np.isfinite(weighted_mean(values(drawn), drawn.log_weight)).all()
+    assert weighing.EFFECTIVE_CANDIDATES <= needed[0] < needed[1] < needed[2] == weighing.MAX_CANDIDATES
 
 
 def new_rows() -> dict[str, list[float]]:
