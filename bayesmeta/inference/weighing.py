@@ -101,7 +101,7 @@ def weigh_known(density: TaskDensity, guides: Guides, theta: Tensor, tasks: Task
 
     θ `(S, d_theta)` has already learned from these tasks: each task's parameters are chosen among M candidates at every
     θ_s. k̂ and the relative ESS are those of log w − log p̂₋(D_i | θ_s), p̂₋ without the candidate. Of very many tasks
-    only the chosen candidates are kept.
+    only the chosen candidates are kept. A task that no candidate of some θ_s makes possible is flagged.
     """
     if guides.task.method == "exact":
         return equal_draws(theta, candidates(density, guides, tasks, theta).noise, "exact", 0.0, "", joint=True)
@@ -128,11 +128,13 @@ def _weigh_together(density: TaskDensity, guides: Guides, theta: Tensor, tasks: 
     pool = theta.repeat_interleave(per_theta, 0)
     drawn = candidates(density, guides, tasks, pool)
     raw = drawn.log_weight.reshape(draws, per_theta, len(tasks))
-    within = raw - raw.logsumexp(1, keepdim=True)
+    possible = raw.amax(1).isfinite()
+    within = (raw - raw.logsumexp(1, keepdim=True)).masked_fill(~possible.unsqueeze(1), -math.inf)
     chosen = _choose(within)
     offset = np.arange(draws)[:, None] * per_theta
     leave_one_out = raw - _log_mean_of_others(raw)
     khat, ess = _diagnose(leave_one_out.reshape(-1, len(tasks)).numpy())
+    khat[~possible.all(0).numpy()] = math.inf
     log_weight = (within - math.log(draws)).reshape(-1, len(tasks)).numpy()
     flag = _flags(khat, ess, len(pool))
     method = [guides.task.method] * len(tasks)

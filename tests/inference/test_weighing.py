@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conjugate import ROWS, SIGMA, TAU, ExactGuide, close, conditional, exact, m
 from torch import Tensor
 
 from bayesmeta.inference import weighing
+from bayesmeta.inference.candidates import Candidates, candidates
 from bayesmeta.inference.correction import SharedDraws, correct_shared
 from bayesmeta.inference.weighing import (
     TaskDraws,
@@ -134,6 +136,23 @@ def test_worse_guides_get_more_candidates() -> None:
         guides.task = guide
         needed.append(weighing._candidates_needed(density, guides, tasks, resample_theta(shared_draws(), 100)).max())
     assert weighing.EFFECTIVE_CANDIDATES <= needed[0] < needed[1] < needed[2] == weighing.MAX_CANDIDATES
+
+
+@pytest.mark.parametrize("weight", [-math.inf, math.inf])
+def test_one_draw_of_theta_without_possible_candidates_is_told(monkeypatch: pytest.MonkeyPatch, weight: float) -> None:
+    """The second task has none at the first θ, or a density without bounds there."""
+    density, guides, tasks = setting(ROWS)
+
+    def dead(*given: Any) -> Candidates:
+        drawn = candidates(*given)
+        drawn.log_weight[: weighing.MIN_CANDIDATES, 1] = weight
+        return drawn
+
+    monkeypatch.setattr(weighing, "candidates", dead)
+    monkeypatch.setattr(weighing, "_candidates_needed", lambda *_: np.array([weighing.MIN_CANDIDATES]))
+    drawn = weigh_known(density, guides, resample_theta(shared_draws(), 200), tasks)
+    assert [bool(text) for text in drawn.flag] == [i == 1 for i in range(len(tasks))]
+    assert np.isfinite(weighted_mean(values(drawn), drawn.log_weight)).all()
 
 
 def new_rows() -> dict[str, list[float]]:
