@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ STARTS = 20
 SPREAD = 0.5
 """Their sd around the prior's centre, in prior units."""
 AGAIN = 5
-"""How often another start is tried where the search has ended in a place without curvature."""
+"""How often another start is tried where the search has ended in a place without curvature, or on a slope."""
+FLAT = 0.5
+"""Where the search ends the gradient is at most this, in units of the curvature: the mode is so many sds away."""
 STEP = 1e-3
 """Of differences of the gradient, in sds of θ."""
 WIDEST = 1e4
@@ -59,23 +62,35 @@ class Mode:
         Raises:
             ValueError: The log density is not finite at any start, or where the search ended.
         """
+        slopes: list[tuple[float, Tensor, dict[str, Tensor], Tensor]] = []
         for first in (0, *[1] * AGAIN):
             found = [self._reached(k) for k in range(first, first + starts)]
             self.theta, self.values = max(found, key=lambda one: one[0])[1:]
-            if self._settled():
+            value, gradient = self._settled()
+            if math.isfinite(value) and gradient <= FLAT:
                 return
-        raise ValueError(
-            "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
-            "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
+            if math.isfinite(value):
+                slopes.append((value, self.theta, self.values, self._last))
+        if not slopes:
+            raise ValueError(
+                "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
+                "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
+            )
+        self.theta, self.values, self._last = max(slopes, key=lambda one: one[0])[1:]
+        warnings.warn(
+            f"no mode of the shared parameters' marginal density was found from {1 + AGAIN} starts: the search ended "
+            "on slopes, the highest of which is taken; give the scales priors that keep off 0, or use method='nuts'",
+            stacklevel=2,
         )
 
-    def _settled(self) -> bool:
-        """Climbs on in units of the curvature; False where that cannot be had, or the density at the end."""
+    def _settled(self) -> tuple[float, float]:
+        """Climbs on in units of the curvature; the density and the gradient's norm there, no numbers if it fails."""
         half = self._half()
         if not bool(torch.isfinite(half).all()):
-            return False
+            return math.nan, math.nan
         self._climb(half)
-        return bool(torch.isfinite(self._at(self.theta)[0]))
+        value, gradient, _ = self._at(self.theta)
+        return float(value), float((half.mT @ gradient).norm())
 
     def _at(self, theta: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         return self._evidence(theta, list(self.values.values()))

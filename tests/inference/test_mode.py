@@ -152,3 +152,44 @@ def test_another_start_where_a_search_ended_without_curvature() -> None:
     mode = Mode(TaskDensity(centre, make_tasks(ROWS)), Cliff())  # type: ignore[arg-type]
     mode.find()
     assert float(mode.theta) == pytest.approx(3.0, abs=0.01)
+
+
+class Tired(Mode):
+    """Gives up at once at the first starts, as a line search does where rounding has taken the density's digits."""
+
+    climbs, idle = 0, 2
+
+    def _climb(self, unit: Tensor) -> None:
+        self.climbs += 1
+        if self.climbs > self.idle:
+            super()._climb(unit)
+
+
+@pytest.mark.parametrize("idle", [2, 4])
+def test_another_start_where_a_search_ended_on_a_slope(idle: int) -> None:
+    mean, _ = exact(ROWS)
+    density = TaskDensity(centre, make_tasks(ROWS))
+    mode = Tired(density, Evidence(density, make_tasks(ROWS), kind="closed form"))
+    mode.idle = idle
+    mode.find()
+    assert mode.climbs == idle + 2
+    assert float(mode.theta) == pytest.approx(mean[-1], abs=1e-6)
+
+
+def test_the_highest_slope_is_taken_where_there_is_no_mode_and_said() -> None:
+    torch.manual_seed(0)
+    density = TaskDensity(centre, make_tasks(ROWS))
+    mode = Tired(density, Evidence(density, make_tasks(ROWS), kind="closed form"))
+    mode.idle = 10**6
+    ends: list[tuple[float, float]] = []
+    settled = mode._settled
+
+    def seen() -> tuple[float, float]:
+        found = settled()
+        ends.append((found[0], float(mode.theta)))
+        return found
+
+    mode._settled = seen  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="no mode of the shared parameters' marginal density"):
+        mode.find()
+    assert len(ends) == 6 and float(mode.theta) == max(ends)[1]
