@@ -20,7 +20,8 @@ SPREAD = 0.5
 AGAIN = 5
 """How often another start is tried where the search has ended in a place without curvature, or on a slope."""
 FLAT = 0.5
-"""Where the search ends the gradient is at most this, in units of the curvature: the mode is so many sds away."""
+"""Where the search ends the gradient is at most this, in units of the curvature: the mode is so many sds away.
+Weights of modules that are learned along are not done in so few steps; with them any finite end counts."""
 STEP = 1e-3
 """Of differences of the gradient, in sds of θ."""
 WIDEST = 1e4
@@ -67,7 +68,7 @@ class Mode:
             found = [self._reached(k) for k in range(first, first + starts)]
             self.theta, self.values = max(found, key=lambda one: one[0])[1:]
             value, gradient = self._settled()
-            if math.isfinite(value) and gradient <= FLAT:
+            if math.isfinite(value) and (self.values or gradient <= FLAT):
                 return
             if math.isfinite(value):
                 slopes.append((value, self.theta, self.values, self._last))

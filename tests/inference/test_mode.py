@@ -193,3 +193,13 @@ def test_the_highest_slope_is_taken_where_there_is_no_mode_and_said() -> None:
     with pytest.warns(UserWarning, match="no mode of the shared parameters' marginal density"):
         mode.find()
     assert len(ends) == 6 and float(mode.theta) == max(ends)[1]
+
+
+def test_weights_that_are_trained_along_need_not_be_done() -> None:
+    density = TaskDensity(centre, make_tasks(ROWS))
+    mode = Tired(density, Evidence(density, make_tasks(ROWS), kind="closed form"))
+    mode.idle = 10**6
+    mode._reached = lambda _: (0.0, mode.theta, {"weight": torch.zeros(1)})  # type: ignore[method-assign]
+    mode._settled = lambda: (0.0, 10.0)  # type: ignore[method-assign]
+    mode.find()
+    assert mode.climbs == 0
