@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,6 +40,22 @@ def normal_at(theta: Tensor, covariance: Tensor) -> NormalShared:
     return shared
 
 
+@dataclass(frozen=True)
+class _End:
+    """Where a search has ended: log density, norm of the gradient in units of the curvature, and what was found."""
+
+    value: float
+    slope: float
+    theta: Tensor
+    values: dict[str, Tensor]
+    half: Tensor
+
+    @property
+    def done(self) -> bool:
+        """Whether the search may stop here."""
+        return self.value > -math.inf and (bool(self.values) or self.slope <= FLAT)
+
+
 class Mode:
     """The mode of θ and of the learned values, by L-BFGS on the marginal.
 
@@ -63,35 +80,41 @@ class Mode:
         Raises:
             ValueError: The log density is not finite at any start, or where the search ended.
         """
-        slopes: list[tuple[float, Tensor, dict[str, Tensor], Tensor]] = []
+        ends: list[_End] = []
         for first in (0, *[1] * AGAIN):
             found = [self._reached(k) for k in range(first, first + starts)]
             self.theta, self.values = max(found, key=lambda one: one[0])[1:]
-            value, gradient = self._settled()
-            if math.isfinite(value) and (self.values or gradient <= FLAT):
-                return
-            if math.isfinite(value):
-                slopes.append((value, self.theta, self.values, self._last))
-        if not slopes:
+            ends.append(self._settled(retried=bool(first)))
+            best = max(ends, key=lambda end: end.value)
+            if best.done:
+                break
+        if best.value == -math.inf:
             raise ValueError(
                 "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
                 "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
             )
-        self.theta, self.values, self._last = max(slopes, key=lambda one: one[0])[1:]
-        warnings.warn(
-            f"no mode of the shared parameters' marginal density was found from {1 + AGAIN} starts: the search ended "
-            "on slopes, the highest of which is taken; give the scales priors that keep off 0, or use method='nuts'",
-            stacklevel=2,
-        )
+        self.theta, self.values, self._last = best.theta, best.values, best.half
+        if not best.done:
+            warnings.warn(
+                f"the search for the mode of the shared parameters ended on a slope, of {best.slope:.1f} in units of "
+                f"the curvature (limit {FLAT}), from {len(ends) * starts} starts; the highest end is taken. If a scale "
+                "runs to 0 there, give it a prior that keeps off 0; or try more starts=, or method='nuts'",
+                stacklevel=2,
+            )
 
-    def _settled(self) -> tuple[float, float]:
-        """Climbs on in units of the curvature; the density and the gradient's norm there, no numbers if it fails."""
-        half = self._half()
-        if not bool(torch.isfinite(half).all()):
-            return math.nan, math.nan
-        self._climb(half)
-        value, gradient, _ = self._at(self.theta)
-        return float(value), float((half.mT @ gradient).norm())
+    def _settled(self, *, retried: bool) -> _End:
+        """Climbs on in units of the curvature; an end without density where that fails, an error at the first start."""
+        value = slope = math.nan
+        try:
+            half = self._half()
+            if bool(torch.isfinite(half).all()):
+                self._climb(half)
+                density, gradient, _ = self._at(self.theta)
+                value, slope = float(density), float((half.mT @ gradient).norm())
+        except RuntimeError:  # a matrix that is not positive definite
+            if not retried:
+                raise
+        return _End(value if math.isfinite(value) else -math.inf, slope, self.theta, self.values, self._last)
 
     def _at(self, theta: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         return self._evidence(theta, list(self.values.values()))

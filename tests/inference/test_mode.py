@@ -16,7 +16,7 @@ from torch import Tensor
 from bayesmeta.data.batch import Batch
 from bayesmeta.hierarchy.density import TaskDensity
 from bayesmeta.inference.evidence import Evidence
-from bayesmeta.inference.mode import Mode, normal_at
+from bayesmeta.inference.mode import Mode, _End, normal_at
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -176,30 +176,52 @@ def test_another_start_where_a_search_ended_on_a_slope(idle: int) -> None:
     assert float(mode.theta) == pytest.approx(mean[-1], abs=1e-6)
 
 
-def test_the_highest_slope_is_taken_where_there_is_no_mode_and_said() -> None:
-    torch.manual_seed(0)
+def ending(ends: list[tuple[float, float]], values: dict[str, Tensor] | None = None) -> Mode:
+    """A search that ends in turn with these densities and slopes, each at a θ of its own."""
     density = TaskDensity(centre, make_tasks(ROWS))
-    mode = Tired(density, Evidence(density, make_tasks(ROWS), kind="closed form"))
-    mode.idle = 10**6
-    ends: list[tuple[float, float]] = []
-    settled = mode._settled
+    mode = Mode(density, Evidence(density, make_tasks(ROWS), kind="closed form"))
+    left = iter(enumerate(ends))
 
-    def seen() -> tuple[float, float]:
-        found = settled()
-        ends.append((found[0], float(mode.theta)))
-        return found
+    def settled(*, retried: bool) -> _End:
+        k, (value, slope) = next(left)
+        assert retried == (k > 0)
+        return _End(value, slope, torch.full((1,), float(k)), values or {}, mode._last)
 
-    mode._settled = seen  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="no mode of the shared parameters' marginal density"):
+    mode._reached = lambda _: (0.0, mode.theta, values or {})  # type: ignore[method-assign]
+    mode._settled = settled  # type: ignore[method-assign]
+    return mode
+
+
+def test_the_highest_slope_is_taken_where_there_is_no_mode_and_said() -> None:
+    mode = ending([(-5.0, 3.0), (-2.0, 2.0), (-math.inf, math.nan), (-9.0, 0.7), (-3.0, 9.0), (-4.0, 1.0)])
+    with pytest.warns(UserWarning, match=r"ended on a slope, of 2\.0 in units .* from 6 starts"):
         mode.find()
-    assert len(ends) == 6 and float(mode.theta) == max(ends)[1]
+    assert float(mode.theta) == 1
+
+
+def test_a_mode_below_a_slope_is_not_the_end() -> None:
+    mode = ending([(9.0, 0.6), (-20.0, 0.1), (10.0, 0.1)])
+    mode.find()
+    assert float(mode.theta) == 2
+    mode = ending([(-20.0, 9.0), (9.0, 0.1)])
+    mode.find()
+    assert float(mode.theta) == 1
 
 
 def test_weights_that_are_trained_along_need_not_be_done() -> None:
-    density = TaskDensity(centre, make_tasks(ROWS))
-    mode = Tired(density, Evidence(density, make_tasks(ROWS), kind="closed form"))
-    mode.idle = 10**6
-    mode._reached = lambda _: (0.0, mode.theta, {"weight": torch.zeros(1)})  # type: ignore[method-assign]
-    mode._settled = lambda: (0.0, 10.0)  # type: ignore[method-assign]
+    mode = ending([(0.0, 10.0)], {"weight": torch.zeros(1)})
     mode.find()
-    assert mode.climbs == 0
+    assert float(mode.theta) == 0
+
+
+def test_a_retry_that_breaks_is_passed_over_and_the_first_start_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    density = TaskDensity(centre, make_tasks(ROWS))
+    mode = Mode(density, Evidence(density, make_tasks(ROWS), kind="closed form"))
+
+    def broken() -> Tensor:
+        raise RuntimeError("not positive definite")
+
+    monkeypatch.setattr(mode, "_half", broken)
+    assert mode._settled(retried=True).value == -math.inf
+    with pytest.raises(RuntimeError, match="not positive definite"):
+        mode._settled(retried=False)
