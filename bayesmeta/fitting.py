@@ -340,13 +340,16 @@ def _check_conditional(options: Method, checkpoint: Any) -> None:
 
 def _check_support(density: TaskDensity, tasks: Tasks) -> None:
     """Refuses data outside the likelihood's support before anything is learned or inferred from them."""
+    found: dict[str, list[int]] = {}
     for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
         outside = density.outside_support(chunk.batch, density.initial_theta())
         for site, rows in outside.items():
-            bad = rows[: len(chunk.index)].any(-1).nonzero().flatten().tolist()
-            if bad:
-                others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-                raise ValueError(
-                    f"site {site!r}: data of task {tasks.names[chunk.index[bad[0]]]!r}{others} lie outside "
-                    "the support of the likelihood; check the labels, or choose a likelihood that allows them"
-                )
+            bad = rows[: len(chunk.index)].any(-1).nonzero().flatten()
+            found.setdefault(site, []).extend(chunk.index[bad.numpy()].tolist())
+    for site, positions in found.items():
+        if positions:
+            others = f" (and {len(positions) - 1} more)" if len(positions) > 1 else ""
+            raise ValueError(
+                f"site {site!r}: data of task {tasks.names[min(positions)]!r}{others} lie outside "
+                "the support of the likelihood; check the labels, or choose a likelihood that allows them"
+            )

@@ -168,6 +168,13 @@ def test_data_outside_the_likelihoods_support_name_site_and_task() -> None:
         run(model, make_tasks(y=[np.round(y) for y in labels]))
 
 
+def test_all_tasks_outside_the_support_are_counted_whatever_their_sizes() -> None:
+    labels = [np.where(np.arange(n) == n - 1, -3.0, 1.0) for n in (40, 1, 3)]
+    tasks = bm.Tasks.from_arrays(None, [*labels, [1.0]], names=["a", "b", "c", "fine"])
+    with pytest.raises(ValueError, match=r"task 'a' \(and 2 more\) lie outside the support"):
+        run(outside, tasks)
+
+
 def test_labels_of_new_tasks_outside_the_support_name_the_task() -> None:
     """The chains would say that they have not settled, which is true and helps nobody."""
     labels = [np.abs(y) for y in arrays()[1]]
