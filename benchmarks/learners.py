@@ -183,7 +183,8 @@ def _by_marginal(build: Callable[[bm.Tasks], bm.HierarchicalModel], *, most: int
 
 
 def _two_kinds(suite: Suite, steps: int) -> bm.Amortized:
-    return bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks, lr=0.01))
+    optimizer = bm.Optimizer(steps=steps, batch_tasks=suite.batch_tasks, lr=0.01)
+    return bm.Amortized(shared="map", encoder="attention", optimizer=optimizer)
 
 
 def _hierarchical_gp(kernel: str) -> Learner:

@@ -1,8 +1,9 @@
 """Ambiguous tasks: three points may come from a sinusoid or from a line, and the posterior keeps both answers.
 
-φ holds the two numbers of a sinusoid c sin x + d cos x and the two of a line; which of them a task is, is summed over,
-with a share that is learned. The rows of a task then hang together through its kind, so that the model says itself how
-new rows are predicted (`conditional`). Given few points the posterior of φ has two modes.
+φ holds amplitude and phase of a sinusoid a sin(x + b) and slope and intercept of a line, each from an interval that all
+tasks share and that is learned; which of them a task is, is summed over, with a share that is learned too. The rows of
+a task then hang together through its kind, so that the model says itself how new rows are predicted (`conditional`).
+Given few points the posterior of φ has two modes; how much mass each has depends on the form of the prior.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ import bayesmeta as bm
 
 def curves(phi: Tensor, x: Tensor) -> Tensor:
     """The sinusoid and the line at each input: `(T, N, 2)`."""
-    at, numbers = x[..., 0], phi.unbind(-1)
-    return torch.stack([numbers[0] * at.sin() + numbers[1] * at.cos(), numbers[2] + numbers[3] * at], -1)
+    at, (amplitude, phase, slope, intercept) = x[..., 0], phi.unbind(-1)
+    return torch.stack([amplitude * (at + phase).sin(), slope * at + intercept], -1)
+
+
+def intervals(shared: Mapping[str, Tensor]) -> dist.Distribution:
+    """Each of the four numbers is uniform."""
+    return dist.Uniform(shared["centre"] - shared["reach"], shared["centre"] + shared["reach"]).to_event(1)
 
 
 def kinds(f: Tensor, batch: bm.Batch, shared: Mapping[str, Tensor]) -> dist.Distribution:
@@ -45,14 +51,14 @@ def new_rows(phi: Tensor, shared: Mapping[str, Tensor], context: bm.Batch, x: Te
 
 
 def build() -> bm.HierarchicalModel:
-    """The model; σ, the share of sinusoids and the prior of the four numbers are learned."""
-    return bm.HierarchicalModel(
-        bm.priors.Gaussian(4, loc_scale=3.0, sd_scale=3.0),
-        curves,
-        kinds,
-        shared={"sigma": dist.HalfNormal(1.0), "share": dist.Beta(2.0, 2.0)},
-        conditional=new_rows,
-    )
+    """The model; σ, the share of sinusoids and the intervals of the four numbers are learned."""
+    shared = {
+        "centre": dist.Normal(torch.zeros(4), 3.0).to_event(1),
+        "reach": dist.LogNormal(torch.ones(4), 1.0).to_event(1),
+        "sigma": dist.HalfNormal(1.0),
+        "share": dist.Beta(2.0, 2.0),
+    }
+    return bm.HierarchicalModel(intervals, curves, kinds, shared=shared, conditional=new_rows)
 
 
 def main(*, count: int = 300, new: int = 200, steps: int | None = 3000, progress: bool = True) -> dict[str, float]:
@@ -67,7 +73,8 @@ def main(*, count: int = 300, new: int = 200, steps: int | None = 3000, progress
     family = bm.families.SinusoidOrLine(context_rows=3, target_rows=20)
     model = build()
     known, _ = family.simulate(count, rows=20, seed=0)
-    method = bm.Amortized(shared="map", optimizer=bm.Optimizer(steps=steps, lr=0.01))
+    optimizer = bm.Optimizer(steps=steps, lr=0.01)
+    method = bm.Amortized(shared="map", encoder="attention", optimizer=optimizer)  # the kind is no sum over rows
     fit = bm.fit(model, known, method=method, progress=progress)
     print(fit)
     context, _ = family.episodes(new, seed=1)
