@@ -74,8 +74,9 @@ class Amortized:
     objective every 100 steps, and `history.stages` has its score as "held_out". θ is corrected with all tasks.
 
     Args:
-        shared: Posterior of θ: "normal" (full covariance), "lowrank", "map" (a point) or "svgd" (particles, for several
-            modes).
+        shared: Posterior of θ: "normal" (full covariance), "lowrank", "map" (a point, where the objective is best: the
+            mode of the marginal as far as the guide is exact, and drawn to where it is good else; nothing corrects it)
+            or "svgd" (particles, for several modes).
         objective: "elbo", "iw", "predictive" (score held-out rows given a context), "predictive-elbo" (a bound on that
             score, from the posterior given all rows), "pac-bayes" (the PAC-optimal hyper-posterior, or
             `bm.PACBayes(lam=…)`), "minimax" (the worst tasks count most), "pcgrad" (conflicts between tasks' gradients
