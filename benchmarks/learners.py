@@ -28,7 +28,11 @@ T = TypeVar("T")
 KERNEL_TASKS = 100
 """From how many tasks the prior of a kernel's two numbers is learned."""
 WARM, SHORT, LONG = 3, 5, 35
-"""Steps of the runs from which the time of a step is told."""
+"""Steps of the first runs from which the time of a step is told."""
+LONGER = 4
+"""A run that takes less than twice the time of the short one is followed by one of so many times the steps, ..."""
+MEASURING = 0.25
+"""... while less than this share of the budget is spent."""
 
 
 class Refused(Exception):
@@ -74,15 +78,19 @@ def within(budget: float, fit: Callable[[int], T]) -> T:
         fit: A training of so many steps.
     """
     begin = cpu_seconds()
-    fit(WARM)
-    marks = [cpu_seconds()]
-    for steps in (SHORT, LONG):
+
+    def seconds(steps: int) -> float:
+        start = cpu_seconds()
         fit(steps)
-        marks.append(cpu_seconds())
-    short, long = marks[1] - marks[0], marks[2] - marks[1]
-    step = max((long - short) / (LONG - SHORT), 1e-4)
+        return cpu_seconds() - start
+
+    seconds(WARM)
+    short, steps = seconds(SHORT), LONG
+    while (long := seconds(steps)) < 2 * short and cpu_seconds() - begin < MEASURING * budget:
+        steps *= LONGER
+    step = max(long - short, short / 2) / (steps - SHORT)
     fixed = max(0.0, short - SHORT * step)
-    return fit(max(LONG, int((budget - (marks[2] - begin) - fixed) / step)))
+    return fit(max(LONG, int((budget - (cpu_seconds() - begin) - fixed) / step)))
 
 
 def conditional(
