@@ -31,8 +31,10 @@ WARM, SHORT, LONG = 3, 5, 35
 """Steps of the first runs from which the time of a step is told."""
 LONGER = 4
 """A run that takes less than twice the time of the short one is followed by one of so many times the steps, ..."""
-MEASURING = 0.25
+MEASURING = 0.5
 """... while less than this share of the budget is spent."""
+TICK = 0.01
+"""No difference of CPU seconds is told more finely."""
 
 
 class Refused(Exception):
@@ -71,7 +73,9 @@ def cpu_seconds() -> float:
 
 
 def within(budget: float, fit: Callable[[int], T]) -> T:
-    """Runs a training of as many steps as fit into the budget, and no fewer than `LONG`.
+    """Runs a training of about as many steps as fit into the budget, and no fewer than `LONG`.
+
+    Where two runs of no steps take half of the budget the time of a step is not told well, and fewer are run.
 
     Args:
         budget: CPU seconds, those of short runs that measure a step among them.
@@ -88,7 +92,7 @@ def within(budget: float, fit: Callable[[int], T]) -> T:
     short, steps = seconds(SHORT), LONG
     while (long := seconds(steps)) < 2 * short and cpu_seconds() - begin < MEASURING * budget:
         steps *= LONGER
-    step = max(long - short, short / 2) / (steps - SHORT)
+    step = max(long - short, short / 2, TICK) / (steps - SHORT)
     fixed = max(0.0, short - SHORT * step)
     return fit(max(LONG, int((budget - (cpu_seconds() - begin) - fixed) / step)))
 

@@ -74,7 +74,7 @@ def main(*, count: int = 300, new: int = 200, steps: int | None = 3000, progress
     model = build()
     known, _ = family.simulate(count, rows=20, seed=0)
     optimizer = bm.Optimizer(steps=steps, lr=0.01)
-    method = bm.Amortized(shared="map", encoder="attention", optimizer=optimizer)  # the kind is no sum over rows
+    method = bm.Amortized(shared="map", encoder="attention", optimizer=optimizer)  # the kind is told by rows together
     fit = bm.fit(model, known, method=method, progress=progress)
     print(fit)
     context, _ = family.episodes(new, seed=1)

@@ -71,11 +71,12 @@ class Amortized:
 
     Where more numbers are fitted as points (weights of modules, θ with "map" or "svgd") than there are labels, a tenth
     of at least 20 tasks, 64 at most, is held out: each stage of training ends at its best state on them, by the same
-    objective every 100 steps, and `history.stages` has its score as "held_out". θ is corrected with all tasks.
+    objective every 100 steps, and `history.stages` has its score as "held_out". θ is corrected with all tasks, unless
+    it is a point.
 
     Args:
         shared: Posterior of θ: "normal" (full covariance), "lowrank", "map" (a point, where the objective is best: the
-            mode of the marginal as far as the guide is exact, and drawn to where it is good else; nothing corrects it)
+            mode of the marginal as far as the guide is exact, off it towards θ at which the guide fits; not corrected)
             or "svgd" (particles, for several modes).
         objective: "elbo", "iw", "predictive" (score held-out rows given a context), "predictive-elbo" (a bound on that
             score, from the posterior given all rows), "pac-bayes" (the PAC-optimal hyper-posterior, or

@@ -43,8 +43,9 @@ WEIGHED_ELEMENTS = 4_000_000_000
 class Marginal:
     """Options of `method="marginal"`.
 
-    Where a task's log joint has several modes at one θ (mixtures of kinds of tasks, phases), its integral is taken
-    around one of them, and θ may end at a poor mode of its own, from several starts too: use "amortized" there.
+    Where a task's log joint has several modes at one θ (mixtures of kinds of tasks, phases), the search for
+    θ integrates around one of them; it may end at a poor mode of θ, from several starts too, and nothing flags that:
+    use "amortized" there.
 
     Args:
         shared: How θ is inferred from its marginal posterior: "nuts" (sampled), "normal" (a normal at its mode,
