@@ -91,13 +91,14 @@ def main(*, count: int = 300, new: int = 200, steps: int | None = 3000, progress
         f"{ambiguous.sum()} of {new} tasks are ambiguous; both answers are kept in {kept[ambiguous].mean():.0%} of them"
     )
     print(f"of the others {decided.mean():.0%} are decided, as the exact posterior does")
-    print(f"methods: { {name: list(post.method).count(name) for name in set(post.method)} }")
+    flagged = np.asarray(post.flag) != ""
+    print(f"methods: { {name: list(post.method).count(name) for name in set(post.method)} }; {flagged.sum()} flagged")
     print(f"probability of a sinusoid: mean error {np.abs(found - exact).mean():.3f}")
     return {
         "kept": float(kept[ambiguous].mean()),
         "decided": float(decided.mean()),
         "error": float(np.abs(found - exact).mean()),
-        "flagged": float(np.mean(np.asarray(post.flag) != "")),
+        "flagged": float(flagged.mean()),
         "ambiguous": float(ambiguous.sum()),
     }
 
