@@ -161,12 +161,12 @@ def modes_at(density: TaskDensity, data: dict[str, Tensor], theta: Tensor, begin
     return Modes(loc, factor, value, converged), there
 
 
-def mirrored(count: int, *shape: int, dtype: torch.dtype) -> Tensor:
+def mirrored(count: int, *shape: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal draws `(count, *shape)`, every second one the one before with other signs.
 
     Of two modes that mirror each other both are found from them.
     """
-    drawn = torch.randn(-(-count // 2), *shape, dtype=dtype)
+    drawn = torch.randn(-(-count // 2), *shape, dtype=dtype, generator=generator)
     return torch.stack([drawn, -drawn], 1).flatten(0, 1)[:count]
 
 

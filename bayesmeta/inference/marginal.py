@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,9 @@ from bayesmeta.inference.training import History
 SHARED = ("nuts", "normal", "map")
 MODE_CALLS = 200
 """About how often the marginal is called until its mode is found from one start."""
+MISPLACED = 3.0
+"""Nats that the evidence of a point estimate is off, over draws of θ around it, or noise of that: more is warned of.
+The mode moves by up to so many posterior sds of θ, by a third of it where the error lies in the tails."""
 WEIGHED_ELEMENTS = 4_000_000_000
 """Bound on draws of θ × rows × points a task, where a normal is corrected."""
 
@@ -43,9 +47,9 @@ WEIGHED_ELEMENTS = 4_000_000_000
 class Marginal:
     """Options of `method="marginal"`.
 
-    Where a task's log joint has several modes at one θ (mixtures of kinds of tasks, phases), the search for
-    θ integrates around one of them; it may end at a poor mode of θ, from several starts too, and nothing flags that:
-    use "amortized" there.
+    Of the modes that a task's log joint has at one θ (mixtures of kinds of tasks, phases) the best that several starts
+    find is integrated around. What that and the approximation leave is measured by importance sampling around all
+    modes: draws of θ are weighed by it, and a point estimate that it may move is warned of.
 
     Args:
         shared: How θ is inferred from its marginal posterior: "nuts" (sampled), "normal" (a normal at its mode,
@@ -88,8 +92,10 @@ class Marginal:
             with threads_for(rows(tasks) * points_of(density.structure.task_size)):
                 shared, found = self._infer(density, tasks, progress)
             record |= found
-        misplaced = shared.status == "plug-in" and record["error"] > TOLERATED
-        done = shared.status != "uncorrected" and not misplaced
+        point, error = shared.status == "plug-in", max(record["error"], record["noise"])
+        done = shared.status != "uncorrected" and not (point and error > TOLERATED)
+        if point and error > MISPLACED:
+            _warn_of_point(record)
         record |= {"ess": shared.ess, "seconds": time.perf_counter() - start, "done": done}
         return Inferred(laplace_guides(density, tasks, shared.theta), shared, History(stages=[record]))
 
@@ -157,6 +163,20 @@ class Marginal:
             most = WEIGHED_ELEMENTS // evidence.elements
             adapt = most >= 2 * MIN_DRAWS
             return weigh_shared(mode.shared(), score, draws=count, affordable=most, adapt=adapt), None
+
+
+def _warn_of_point(record: dict[str, Any]) -> None:
+    if math.isfinite(record["error"]):
+        found = f"is off by {record['error']:.1f} ± {record['noise']:.1f} nats (limit {MISPLACED:.0f}), and the mode "
+        found += "by up to as many posterior sds"
+    else:
+        found = "is not finite at some θ near it, so that its error is not known"
+    warnings.warn(
+        f"the point estimate of the shared parameters may be off: the evidence of the tasks ({record['kind']}, around "
+        f"one mode each) {found}. Use method='amortized', or shared='nuts' or 'normal', whose draws are weighed by "
+        "what the evidence is off",
+        stacklevel=2,
+    )
 
 
 def _equal(theta: Tensor, status: str) -> SharedDraws:

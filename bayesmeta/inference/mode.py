@@ -20,6 +20,8 @@ SPREAD = 0.5
 """Their sd around the prior's centre, in prior units."""
 AGAIN = 5
 """How often another start is tried where the search has ended in a place without curvature, or on a slope."""
+ROUNDS = 20
+"""How often the climb goes on after better modes of tasks were found."""
 FLAT = 0.5
 """Where the search ends the gradient is at most this, in units of the curvature: the mode is so many sds away.
 Weights of modules that are learned along are not done in so few steps; with them any finite end counts."""
@@ -74,6 +76,8 @@ class Mode:
     def find(self, *, starts: int = 1) -> None:
         """Climbs to the mode; after a first climb in prior units again in units of the curvature.
 
+        Where tasks have better modes there than those around which they were integrated, it climbs on with these.
+
         Args:
             starts: From how many θ to climb first, to go on from the best: the prior's centre and draws of the prior.
 
@@ -93,7 +97,7 @@ class Mode:
                 "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
                 "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
             )
-        self.theta, self.values, self._last = best.theta, best.values, best.half
+        best = self._with_better_modes(best)
         if not best.done:
             warnings.warn(
                 f"the search for the mode of the shared parameters ended on a slope, of {best.slope:.1f} in units of "
@@ -101,6 +105,19 @@ class Mode:
                 "runs to 0 there, give it a prior that keeps off 0; or try more starts=, or method='nuts'",
                 stacklevel=2,
             )
+
+    def _with_better_modes(self, end: _End) -> _End:
+        """Where the climb ends once no task has a better mode than the one that it is integrated around."""
+        for _ in range(ROUNDS):
+            self.theta, self.values, self._last = end.theta, end.values, end.half
+            if not self._evidence.improve(end.theta, list(end.values.values())):
+                break
+            further = self._settled(retried=True)
+            if further.value <= end.value:
+                break
+            end = further
+        self.theta, self.values, self._last = end.theta, end.values, end.half
+        return end
 
     def _settled(self, *, retried: bool) -> _End:
         """Climbs on in units of the curvature; an end without density where that fails, an error at the first start."""

@@ -16,7 +16,7 @@ from torch import nn
 
 import bayesmeta as bm
 from bayesmeta.hierarchy.density import TaskDensity
-from bayesmeta.inference import marginal
+from bayesmeta.inference import marginal, mode
 from bayesmeta.inference.evidence import Evidence
 from bayesmeta.inference.marginal import Signed
 from benchmarks import exact_posteriors
@@ -99,6 +99,44 @@ def test_an_error_that_is_not_known_is_no_number(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(marginal, "TOLERATED", -1.0)
     fit = bm.fit(rates, COUNTS, method=bm.Marginal(shared="map"), progress=False)
     assert fit.shared.status == "plug-in" and not fit.history.stages[0]["done"]
+
+
+def waves(batch: bm.Batch) -> None:
+    """A frequency a task, of which the log joint has many modes."""
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    with batch.tasks():
+        a = pyro.sample("a", dist.Normal(0.0, 2.0))
+        with batch.observations():
+            pyro.sample("y", dist.Normal(torch.sin(a * batch.x[..., 0]), sigma), obs=batch.y)
+
+
+def wave_tasks() -> bm.Tasks:
+    rng = np.random.default_rng(0)
+    x, a = rng.uniform(0, 3, (20, 12, 1)), rng.normal(0, 2, (20, 1))
+    return bm.Tasks.from_arrays(list(x), list(np.sin(a * x[..., 0]) + 0.1 * rng.normal(size=(20, 12))))
+
+
+def test_tasks_are_integrated_around_the_best_of_their_modes() -> None:
+    """From the prior's centre alone Newton's steps end at modes that a σ of .53 explains."""
+    with pytest.warns(UserWarning, match="the point estimate of the shared parameters may be off: the evidence of"):
+        fit = bm.fit(waves, wave_tasks(), method=bm.Marginal(shared="map", chains=1, draws=50), progress=False)
+    assert float(fit.shared.mean("sigma")) == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_point_at_poor_modes_of_tasks_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mode, "ROUNDS", 0)
+    with pytest.warns(UserWarning, match=r"quadrature, around one mode each\) is off by .* nats \(limit 3\)"):
+        fit = bm.fit(waves, wave_tasks(), method=bm.Marginal(shared="map", chains=1, draws=50), progress=False)
+    assert float(fit.shared.mean("sigma")) > 0.3 and not fit.history.stages[0]["done"]
+
+
+@pytest.mark.parametrize("shared", ["normal", "nuts"])
+def test_draws_around_one_of_several_modes_are_uncorrected(shared: str) -> None:
+    method = bm.Marginal(shared=shared, chains=2, warmup=50, draws=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few draws have not mixed well
+        fit = bm.fit(waves, wave_tasks(), method=method, progress=False)
+    assert fit.shared.status == "uncorrected"
 
 
 def test_no_shared_parameters() -> None:

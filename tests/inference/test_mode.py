@@ -69,7 +69,14 @@ def test_another_start_where_the_density_is_not_finite_at_the_centre(monkeypatch
     assert float(mode.theta) == pytest.approx(exact(ROWS)[0][-1], abs=1e-5)
 
 
-class Holed:
+class Unimodal:
+    """No task has a better mode."""
+
+    def improve(self, theta: Tensor, values: Any) -> bool:
+        return False
+
+
+class Holed(Unimodal):
     """An evidence that is NaN within 1e-3 of a point."""
 
     def __init__(self, evidence: Evidence, hole: float) -> None:
@@ -107,7 +114,7 @@ def test_a_normal_from_its_covariance() -> None:
     torch.testing.assert_close(shared.log_prob(at), truth.log_prob(at))
 
 
-class Hills:
+class Hills(Unimodal):
     """Two hills, the lower one at the prior's centre; beyond 6 the density cannot be had."""
 
     def __init__(self, weight: float = 0.0) -> None:
@@ -134,7 +141,7 @@ def test_the_highest_of_several_climbs(starts: int, expected: float) -> None:
     assert float(mode.values["weight"]) == pytest.approx(expected, abs=0.01)
 
 
-class Cliff:
+class Cliff(Unimodal):
     """A peak at 3, and a slope that leads from the prior's centre to where there is no gradient."""
 
     values: dict[str, Tensor] = {}
