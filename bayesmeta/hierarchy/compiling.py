@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ ROUNDING = {torch.float64: (1e-8, 1e-12), torch.float32: (1e-3, 1e-5)}
 """What a number of a compiled graph may differ by, relative to itself, and to 1 + the largest of its output."""
 MOVED = 0.1
 """A compiled graph is compared at its examples, and with up to so much added to all numbers."""
+
+LOW_PRECISION = ("_is_avx512_bf16_supported", "_is_vnni_supported")
+"""Questions of `torch.cpu` after instructions that no float graph uses: torch compiles programs to try them out."""
 
 _COMPILING = threading.RLock()
 _COMPILER_FAILED = (RuntimeError, OSError, ImportError, AssertionError, AttributeError)
@@ -103,10 +107,27 @@ def _compiled(graph: torch.fx.GraphModule, leaves: Sequence[Tensor], *, trusted:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)  # without shapes nothing is cached
     examples: list[Any] = [mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
     asked = config.cpp.vec_isa_ok
-    with tracing(TracingContext(mode)), config.patch({"cpp.vec_isa_ok": True if asked is None and trusted else asked}):
+    vectors = {"cpp.vec_isa_ok": True if asked is None and trusted else asked}
+    with tracing(TracingContext(mode)), config.patch(vectors), _floats_alone():
         compiled = torch._inductor.compile(_cacheable(graph), examples)
     compiled(*leaves)
     return compiled  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _floats_alone() -> Iterator[None]:
+    """Low-precision instructions count as missing, so that torch does not try them out (seconds, in cold processes)."""
+    known = torch._inductor.cpu_vec_isa.valid_vec_isa_list.cache_info().currsize > 0
+    asked = {name: getattr(torch.cpu, name) for name in LOW_PRECISION if hasattr(torch.cpu, name)}
+    try:
+        for name in asked:
+            setattr(torch.cpu, name, lambda: False)
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(torch.cpu, name, function)
+        if not known:
+            _forget_processor()
 
 
 def _forget_processor() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bayesmeta.hierarchy import compiling
 from bayesmeta.hierarchy.compiling import compile_graph
 from bayesmeta.hierarchy.derivatives import traced
 
@@ -85,6 +86,20 @@ def test_one_large_number_hides_no_other(
     graph = traced(lambda at: (at * 1.0, at.sum()), [x])
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples: lambda at: (y, graph(at)[1]))
     torch.testing.assert_close(compile_graph(graph, [x])(x)[0], x, equal_nan=True)
+
+
+def test_instructions_that_floats_do_not_use_are_not_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trial is a program that torch compiles and a process that loads it."""
+    tried: list[str] = []
+    vectors = torch._inductor.cpu_vec_isa
+    monkeypatch.setattr(vectors.VecISA, "check_build", lambda self, code: tried.append(code) or False)
+    for name in compiling.LOW_PRECISION:
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    compiling._forget_processor()
+    compiled = compile_graph(traced(wavy, [X]), [X])
+    assert not tried and all(getattr(torch.cpu, name)() for name in compiling.LOW_PRECISION)
+    assert vectors.valid_vec_isa_list.cache_info().currsize == 0  # what others compile has the processor as it is
+    torch.testing.assert_close(list(compiled(X)), list(wavy(X)))
 
 
 def test_compiling_leaves_random_numbers_alone() -> None:
