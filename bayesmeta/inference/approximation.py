@@ -81,12 +81,13 @@ def assess(
         shared: Draws of θ; of a point estimate, draws around it.
         point: Whether θ is a point.
     """
-    tasks = tasks[np.flatnonzero(np.asarray(tasks.sizes) > 0)]
+    index = np.flatnonzero(np.asarray(tasks.sizes) > 0)
     scale = 1.0
-    if len(tasks) > CHECKED_TASKS:
-        scale = len(tasks) / CHECKED_TASKS
-        tasks = tasks[np.sort(torch.randperm(len(tasks))[:CHECKED_TASKS].numpy())]
-        evidence = Evidence(density, tasks, kind=evidence.kind, calls=LOOKED_AT)
+    if len(index) > CHECKED_TASKS:
+        scale = len(index) / CHECKED_TASKS
+        index = np.sort(index[torch.randperm(len(index))[:CHECKED_TASKS].numpy()])
+        evidence = evidence.of(density, tasks, index, calls=LOOKED_AT)
+    tasks = tasks[index]
     theta = resample_theta(shared, LOOKED_AT_AROUND_A_POINT if point else LOOKED_AT)
     found = compare(density, evidence, tasks, theta)
     return {"error": scale * found.error, "noise": scale * found.noise}

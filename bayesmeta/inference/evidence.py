@@ -105,6 +105,15 @@ class Evidence:
             total, gradient, *others = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
         return total, gradient, others
 
+    @property
+    def modes(self) -> list[Tensor]:
+        """The modes of the tasks at the last θ, block by block; those that are set are where searches start from."""
+        return list(self._modes)
+
+    @modes.setter
+    def modes(self, modes: Sequence[Tensor]) -> None:
+        self._start, self._modes = list(modes), list(modes)
+
     def improve(self, theta: Tensor, values: Sequence[Tensor] = ()) -> bool:
         """Looks from several starts for modes of the tasks with more evidence at θ than the last ones, and takes them.
 
@@ -113,22 +122,32 @@ class Evidence:
         """
         if not self._steps:
             return False
-        return any([self._improved(place, theta, values) for place in range(len(self._blocks))])
+        found = [self._improved(place, theta, values) for place in range(len(self._blocks))]
+        self.modes = [modes for modes, _ in found]
+        return any(better for _, better in found)
 
-    def _improved(self, place: int, theta: Tensor, values: Sequence[Tensor]) -> bool:
+    def _improved(self, place: int, theta: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, bool]:
         last = self._modes[place]
         count = max(LEAST_STARTS, min(STARTS, ALL_STARTS // self._collected.count))
-        further = mirrored(count, *last.shape, dtype=last.dtype, generator=self._generator)
-        starts = (last, torch.zeros_like(last), *further)
-        ends = [self._climbed(place, start, theta, values) for start in starts]
-        loc = torch.cat([end.loc for end in ends])
+        drawn = mirrored(count, *last.shape, dtype=last.dtype, generator=self._generator)
+        found = [self._tried(place, start, theta, values) for start in (last, torch.zeros_like(last), *drawn)]
+        if found[0] is None:
+            return last, False
+        ends = [end for end in found if end is not None]
         evidence = torch.cat([torch.where(end.converged, end.log_evidence, -math.inf) for end in ends])
         gain, best = evidence.max(0)
         better = gain > evidence[0] + HIGHER
-        if bool(better.any()):
-            best = torch.where(better, best, 0)
-            self._start[place] = self._modes[place] = loc[best, torch.arange(len(last))]
-        return bool(better.any())
+        loc = torch.cat([end.loc for end in ends])
+        return loc[torch.where(better, best, 0), torch.arange(len(last))], bool(better.any())
+
+    def of(self, density: TaskDensity, tasks: Tasks, index: np.ndarray, *, calls: int) -> Evidence:
+        """The evidence of some of the tasks, around the modes that they have here; `calls` as at the start."""
+        some = Evidence(density, tasks[index], kind=self.kind, calls=calls)
+        modes = torch.cat(self._modes)[self._collected.order][index]
+        placed = torch.empty_like(modes)
+        placed[some._collected.order] = modes
+        some.modes = placed.split([block.count for block in some._blocks])
+        return some
 
     def _of_block(self, place: int, theta: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         modes = self._find(place, theta, values) if self._steps else self._start[place]
@@ -171,6 +190,13 @@ class Evidence:
             return None
         self._modes[place] = found.loc[0]
         return self._modes[place]
+
+    def _tried(self, place: int, start: Tensor, theta: Tensor, values: Sequence[Tensor]) -> Modes | None:
+        """Likewise; None where the density cannot be had on the way."""
+        try:
+            return self._climbed(place, start, theta, values)
+        except RuntimeError:  # a matrix that is not positive definite
+            return None
 
     def _climbed(self, place: int, start: Tensor, theta: Tensor, values: Sequence[Tensor]) -> Modes:
         """Where the damped search of a block's tasks ends, `(1, T, …)`."""

@@ -49,7 +49,8 @@ class Marginal:
 
     Of the modes that a task's log joint has at one θ (mixtures of kinds of tasks, phases) the best that several starts
     find is integrated around. What that and the approximation leave is measured by importance sampling around all
-    modes: draws of θ are weighed by it, and a point estimate that it may move is warned of.
+    modes, at θ near the answer: draws of θ are weighed by it, and a point estimate that it may move is warned of. Not
+    seen is another mode of θ itself, far off (`starts`), nor are learned values judged where θ has no parameters.
 
     Args:
         shared: How θ is inferred from its marginal posterior: "nuts" (sampled), "normal" (a normal at its mode,
@@ -57,8 +58,8 @@ class Marginal:
         chains: Number of chains of "nuts".
         warmup: Transitions of adaptation, a chain.
         draws: Draws kept, a chain.
-        starts: From how many θ the mode is looked for, the prior's centre and draws of the prior. Priors with clusters
-            or odd tasks have several modes.
+        starts: From how many θ the mode is looked for, the prior's centre and draws of the prior. Priors with clusters,
+            odd tasks and tasks with several modes give θ several: there 8 is not too many.
     """
 
     shared: str = "nuts"
@@ -92,9 +93,9 @@ class Marginal:
             with threads_for(rows(tasks) * points_of(density.structure.task_size)):
                 shared, found = self._infer(density, tasks, progress)
             record |= found
-        point, error = shared.status == "plug-in", max(record["error"], record["noise"])
-        done = shared.status != "uncorrected" and not (point and error > TOLERATED)
-        if point and error > MISPLACED:
+        point = shared.status == "plug-in"
+        done = shared.status != "uncorrected" and not (point and record["error"] > TOLERATED)
+        if point and max(record["error"], record["noise"]) > MISPLACED:
             _warn_of_point(record)
         record |= {"ess": shared.ess, "seconds": time.perf_counter() - start, "done": done}
         return Inferred(laplace_guides(density, tasks, shared.theta), shared, History(stages=[record]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class _End:
     theta: Tensor
     values: dict[str, Tensor]
     half: Tensor
+    modes: list[Tensor]
 
     @property
     def done(self) -> bool:
@@ -86,9 +88,8 @@ class Mode:
         """
         ends: list[_End] = []
         for first in (0, *[1] * AGAIN):
-            found = [self._reached(k) for k in range(first, first + starts)]
-            self.theta, self.values = max(found, key=lambda one: one[0])[1:]
-            ends.append(self._settled(retried=bool(first)))
+            self._take(max((self._reached(k) for k in range(first, first + starts)), key=lambda end: end.value))
+            ends.append(self._with_better_modes(self._settled(retried=bool(first))))
             best = max(ends, key=lambda end: end.value)
             if best.done:
                 break
@@ -97,7 +98,7 @@ class Mode:
                 "the marginal density of the shared parameters is not finite: some tasks have no mode that Newton's "
                 "steps find; check the data and the priors, or use method='nuts' or method='amortized'"
             )
-        best = self._with_better_modes(best)
+        self._take(best)
         if not best.done:
             warnings.warn(
                 f"the search for the mode of the shared parameters ended on a slope, of {best.slope:.1f} in units of "
@@ -108,46 +109,71 @@ class Mode:
 
     def _with_better_modes(self, end: _End) -> _End:
         """Where the climb ends once no task has a better mode than the one that it is integrated around."""
+        moved = False
         for _ in range(ROUNDS):
-            self.theta, self.values, self._last = end.theta, end.values, end.half
-            if not self._evidence.improve(end.theta, list(end.values.values())):
+            self._take(end)
+            better = self._improves(end.theta)
+            if not better and (end.done or not moved):
                 break
-            further = self._settled(retried=True)
-            if further.value <= end.value:
-                break
-            end = further
-        self.theta, self.values, self._last = end.theta, end.values, end.half
+            moved, end = better, self._climbed_on()
         return end
+
+    def _climbed_on(self) -> _End:
+        """A higher end, reached by a climb in prior units or in those of the curvature; without one, this place."""
+        here = self._standing()
+        for unit in (self._scale.diag(), None):
+            self._take(here)
+            with contextlib.suppress(RuntimeError):  # a matrix that is not positive definite
+                if unit is not None:
+                    self._climb(unit)
+            end = self._settled(retried=True)
+            if end.value > here.value:
+                return end
+        return here
+
+    def _take(self, end: _End) -> None:
+        self.theta, self.values, self._last = end.theta, end.values, end.half
+        self._evidence.modes = end.modes
 
     def _settled(self, *, retried: bool) -> _End:
         """Climbs on in units of the curvature; an end without density where that fails, an error at the first start."""
-        value = slope = math.nan
         try:
             half = self._half()
             if bool(torch.isfinite(half).all()):
                 self._climb(half)
-                density, gradient, _ = self._at(self.theta)
-                value, slope = float(density), float((half.mT @ gradient).norm())
+                return self._standing()
         except RuntimeError:  # a matrix that is not positive definite
             if not retried:
                 raise
-        return _End(value if math.isfinite(value) else -math.inf, slope, self.theta, self.values, self._last)
+        return self._end(-math.inf, math.nan)
+
+    def _standing(self) -> _End:
+        """The end of a search that stays where it is."""
+        value, gradient, _ = self._at(self.theta)
+        return self._end(float(value), float((self._last.mT @ gradient).norm()))
+
+    def _end(self, value: float, slope: float) -> _End:
+        value = value if math.isfinite(value) else -math.inf
+        return _End(value, slope, self.theta, self.values, self._last, self._evidence.modes)
 
     def _at(self, theta: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         return self._evidence(theta, list(self.values.values()))
 
-    def _reached(self, start: int) -> tuple[float, Tensor, dict[str, Tensor]]:
-        """Log density, θ and learned values at the end of a first climb; one that fails counts for nothing."""
+    def _reached(self, start: int) -> _End:
+        """The end of a first climb; one that fails counts for nothing. Modes are looked for anew at draws of θ."""
         self.values = {name: value.clone() for name, value in self._evidence.values.items()}
-        self.theta = self._origin + self._scale * torch.randn_like(self._origin) if start else self._start()
+        if start:
+            self.theta = self._origin + self._scale * torch.randn_like(self._origin)
+            self._improves(self.theta)
+        else:
+            self.theta = self._start()
         try:
             self._climb(self._scale.diag())
         except RuntimeError:  # a matrix that is not positive definite
             if not start:
                 raise
-            return -math.inf, self.theta, self.values
-        value = float(self._at(self.theta)[0])
-        return value if math.isfinite(value) else -math.inf, self.theta, self.values
+            return self._end(-math.inf, math.nan)
+        return self._standing()
 
     def _start(self) -> Tensor:
         """The prior's centre, or another θ near it where the density is finite."""
@@ -157,6 +183,9 @@ class Mode:
             if bool(torch.isfinite(self._at(theta)[0])):
                 return theta
         return self._origin.clone()
+
+    def _improves(self, theta: Tensor) -> bool:
+        return self._evidence.improve(theta, list(self.values.values()))
 
     def _climb(self, unit: Tensor) -> None:
         """L-BFGS in coordinates `theta + unit @ white`."""

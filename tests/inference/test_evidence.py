@@ -403,3 +403,52 @@ def test_nodes_integrate_polynomials() -> None:
     assert float(weight.sum()) == pytest.approx(1.0)
     assert float((weight * points[:, 0] ** 4 * points[:, 1] ** 2).sum()) == pytest.approx(3.0)
     assert TAU == 1.0
+
+
+def squared(batch: Batch) -> None:
+    """Two modes a task that differ in evidence, and between them the prior's centre."""
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    with batch.tasks():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with batch.observations():
+            f = a.square() * batch.x[..., 0] + a * batch.x[..., 1]
+            pyro.sample("y", dist.Normal(f, sigma), obs=batch.y)
+
+
+def squared_tasks() -> Tasks:
+    rng = np.random.default_rng(0)
+    x = [rng.uniform(0, 1, (n, 2)) for n in (6, 3, 9, 6, 2, 12, 4, 5)]
+    a = np.array([1.0, -1.2, 0.7, 1.5, -0.8, -1.4, 1.1, -0.9])
+    return Tasks.from_arrays(x, [a**2 * at[:, 0] + a * at[:, 1] for at, a in zip(x, a, strict=True)])
+
+
+def test_better_modes_are_found_and_kept_by_the_evidence_of_some_tasks(uncompiled: None) -> None:
+    tasks, theta = squared_tasks(), theta_at(math.log(0.2))
+    density = TaskDensity(squared, tasks)
+    function = Evidence(density, tasks)
+    before = float(function(theta)[0])
+    assert function.improve(theta) and not function.improve(theta)
+    after = float(function(theta)[0])
+    assert after > before + 5
+    assert float(function.again()(theta)[0]) == pytest.approx(after, abs=1e-6)
+    parts = [function.of(density, tasks, np.array(index), calls=1) for index in ([6, 1, 4], [0, 2, 3, 5, 7])]
+    total = sum(float(part(theta)[0]) for part in parts) - float(density.log_prior(theta))
+    assert total == pytest.approx(after, abs=1e-6)
+
+
+def test_starts_from_which_the_density_cannot_be_had_are_left_out(
+    uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, theta = squared_tasks(), theta_at(math.log(0.2))
+    function = Evidence(TaskDensity(squared, tasks), tasks)
+    before = float(function(theta)[0])
+    last, search = torch.cat(function.modes), evidence.piece_modes
+
+    def fails(graph: Any, theta: Tensor, start: Tensor, leaves: Any) -> Any:
+        if not bool(torch.isin(start, last).all()):
+            raise RuntimeError("a matrix is not positive definite")
+        return search(graph, theta, start, leaves)
+
+    monkeypatch.setattr(evidence, "piece_modes", fails)
+    assert not function.improve(theta)
+    assert float(function(theta)[0]) == pytest.approx(before, abs=1e-9)

@@ -72,6 +72,8 @@ def test_another_start_where_the_density_is_not_finite_at_the_centre(monkeypatch
 class Unimodal:
     """No task has a better mode."""
 
+    modes: list[Tensor] = []
+
     def improve(self, theta: Tensor, values: Any) -> bool:
         return False
 
@@ -192,9 +194,10 @@ def ending(ends: list[tuple[float, float]], values: dict[str, Tensor] | None = N
     def settled(*, retried: bool) -> _End:
         k, (value, slope) = next(left)
         assert retried == (k > 0)
-        return _End(value, slope, torch.full((1,), float(k)), values or {}, mode._last)
+        return _End(value, slope, torch.full((1,), float(k)), values or {}, mode._last, mode._evidence.modes)
 
-    mode._reached = lambda _: (0.0, mode.theta, values or {})  # type: ignore[method-assign]
+    first = _End(0.0, 0.0, mode.theta, values or {}, mode._last, mode._evidence.modes)
+    mode._reached = lambda _: first  # type: ignore[method-assign]
     mode._settled = settled  # type: ignore[method-assign]
     return mode
 
