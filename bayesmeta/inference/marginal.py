@@ -174,8 +174,8 @@ def _warn_of_point(record: dict[str, Any]) -> None:
         found = "is not finite at some θ near it, so that its error is not known"
     warnings.warn(
         f"the point estimate of the shared parameters may be off: the evidence of the tasks ({record['kind']}, around "
-        f"one mode each) {found}. Use method='amortized', or shared='nuts' or 'normal', whose draws are weighed by "
-        "what the evidence is off",
+        f"one mode each) {found}. Try starts=8, method='amortized', or shared='nuts' or 'normal', whose draws are "
+        "weighed by what the evidence is off",
         stacklevel=2,
     )
 
