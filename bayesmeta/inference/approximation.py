@@ -110,7 +110,7 @@ def compare(density: TaskDensity, evidence: Evidence, tasks: Tasks, theta: Tenso
     """Compares estimates of the evidence at draws of θ `(S, d_theta)`, with as many candidates as they need."""
     values = list(density.learned.values.values())
     own = torch.stack([evidence(at, values)[0] for at in theta]) - density.log_prior(theta)
-    prepared = _prepared(density, tasks, theta)
+    prepared = _prepared(density, tasks, theta, evidence.modes_by_task)
     per_theta, most = CANDIDATES, max(CANDIDATES, min(MOST_CANDIDATES, BUDGET // (len(theta) * len(tasks))))
     while True:
         found = Comparison(_estimates(density, prepared, len(theta), per_theta) - own)
@@ -131,15 +131,17 @@ class _Part:
     context: Context
 
 
-def _prepared(density: TaskDensity, tasks: Tasks, theta: Tensor) -> list[list[_Part]]:
-    """The modes of all tasks at every θ, tasks in chunks."""
+def _prepared(density: TaskDensity, tasks: Tasks, theta: Tensor, known: Tensor) -> list[list[_Part]]:
+    """The modes of all tasks at every θ, tasks in chunks; the search starts from `known` ones `(T, d)` too."""
     scale = LaplaceGuide.around(theta).scale
     found = []
     with torch.no_grad():
         for chunk in task_chunks(tasks, exact_size=density.structure.exact_size):
             data, parts = density.tensors(chunk.batch), []
+            further = known.new_zeros(len(chunk.batch.names), known.shape[1])
+            further[: len(chunk.index)] = known[chunk.index]
             for place, some in theta_chunks(theta, chunk.batch, exact_size=density.structure.exact_size):
-                guide = LaplaceGuide(some, scale)
+                guide = LaplaceGuide(some, scale, further=further)
                 guide.attach(density, tasks)
                 parts.append(_Part(place, len(chunk.index), some, guide, guide.prepare(chunk.batch, data)))
             found.append(parts)

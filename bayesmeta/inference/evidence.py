@@ -114,6 +114,11 @@ class Evidence:
     def modes(self, modes: Sequence[Tensor]) -> None:
         self._start, self._modes = list(modes), list(modes)
 
+    @property
+    def modes_by_task(self) -> Tensor:
+        """The same in the order of the tasks, `(T, d)`."""
+        return torch.cat(self._modes)[self._collected.order]
+
     def improve(self, theta: Tensor, values: Sequence[Tensor] = ()) -> bool:
         """Looks from several starts for modes of the tasks with more evidence at θ than the last ones, and takes them.
 
@@ -143,7 +148,7 @@ class Evidence:
     def of(self, density: TaskDensity, tasks: Tasks, index: np.ndarray, *, calls: int) -> Evidence:
         """The evidence of some of the tasks, around the modes that they have here; `calls` as at the start."""
         some = Evidence(density, tasks[index], kind=self.kind, calls=calls)
-        modes = torch.cat(self._modes)[self._collected.order][index]
+        modes = self.modes_by_task[index]
         placed = torch.empty_like(modes)
         placed[some._collected.order] = modes
         some.modes = placed.split([block.count for block in some._blocks])

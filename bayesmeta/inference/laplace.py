@@ -238,6 +238,7 @@ class LaplaceGuide(TaskGuide):
         anchors: θ at which modes are looked for `(K, d_theta)`, the first the most typical.
         scale: Unit in which θ is near or far `(d_theta,)`.
         starts: Further starts of the search, draws from the prior; with none there is one mode a task.
+        further: Modes that are known of each task of a batch `(T, d)`, to start from too.
     """
 
     method = "laplace"
@@ -246,11 +247,11 @@ class LaplaceGuide(TaskGuide):
     anchors: Tensor
     scale: Tensor
 
-    def __init__(self, anchors: Tensor, scale: Tensor, *, starts: int = STARTS) -> None:
+    def __init__(self, anchors: Tensor, scale: Tensor, *, starts: int = STARTS, further: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("anchors", anchors)
         self.register_buffer("scale", scale)
-        self._starts = starts
+        self._starts, self._further = starts, further
 
     @classmethod
     def around(cls, theta: Tensor, *, starts: int = STARTS) -> LaplaceGuide:
@@ -266,6 +267,8 @@ class LaplaceGuide(TaskGuide):
         if is_one(self.anchors):
             return self._at_one(batch, data)
         begin = _starts(self.anchors, len(batch.names), self._density.structure.task_size, self._starts)
+        if self._further is not None:
+            begin = torch.cat([self._further.expand_as(begin[:1]), begin])
         modes, there = self._searched(data, begin[:, :GROUP])
         if len(there) == 1:
             start = modes.loc[0, 0].expand(len(self.anchors), -1, -1)
@@ -278,9 +281,10 @@ class LaplaceGuide(TaskGuide):
     def _at_one(self, batch: Batch, data: dict[str, Tensor]) -> Context:
         """The modes at the one θ: from all starts where nothing is shared, else from more where several are found."""
         search = functools.partial(_modes_at_one, self._density, data, self.anchors[:1])
+        further = None if self._further is None else self._further[None, None]
         if self._starts and not self._density.structure.shared_size:
-            return _mixed(batch, data, *search(starts_alone(self._density)))
-        modes, there = search(2 * self._starts)
+            return _mixed(batch, data, *search(starts_alone(self._density), further))
+        modes, there = search(2 * self._starts, further)
         if len(there) > 1:
             modes, there = search(GROUP * self._starts, modes.loc)
         return _mixed(batch, data, modes, there)

@@ -119,13 +119,12 @@ class Mode:
         return end
 
     def _climbed_on(self) -> _End:
-        """A higher end, reached by a climb in prior units or in those of the curvature; without one, this place."""
+        """A higher end, reached by a climb in prior units or in the last ones of curvature; without one, this place."""
         here = self._standing()
-        for unit in (self._scale.diag(), None):
+        for unit in (self._scale.diag(), here.half):
             self._take(here)
             with contextlib.suppress(RuntimeError):  # a matrix that is not positive definite
-                if unit is not None:
-                    self._climb(unit)
+                self._climb(unit)
             end = self._settled(retried=True)
             if end.value > here.value:
                 return end
