@@ -139,10 +139,19 @@ def _forget_processor() -> None:
 
 
 def _cacheable(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The graph with tensor methods as the operations that they are: torch's cache does not take methods."""
+    """The graph as torch's cache takes it, with few inputs: methods as operations, single numbers in the code."""
     copied = torch.fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
     for node in copied.nodes:
         if isinstance(node.target, types.MethodDescriptorType):
             node.target = getattr(torch.ops.aten, node.target.__name__)
+        elif node.op == "get_attr":
+            _inline(node, getattr(graph, node.target))
     return torch.fx.GraphModule(graph, copied)
+
+
+def _inline(node: torch.fx.Node, value: Any) -> None:
+    """Each tensor that a graph holds is checked at every call; a number costs nothing."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
+        node.op, node.target, node.args = "call_function", torch.ops.aten.full.default, ([], value.item())
+        node.kwargs = {"dtype": value.dtype}

@@ -75,5 +75,6 @@ class Sheared:
         return self._joint.view(self._moved(positions, 1.0))
 
     def _moved(self, positions: np.ndarray, sign: float) -> np.ndarray:
-        theta, noise = positions[..., : self._size], positions[..., self._size :]
-        return np.concatenate([theta, noise + sign * (theta - self._centre) @ self._slope.T], -1)
+        moved = positions.copy()
+        moved[..., self._size :] += sign * (positions[..., : self._size] - self._centre) @ self._slope.T
+        return moved

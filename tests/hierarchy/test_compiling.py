@@ -102,6 +102,27 @@ def test_instructions_that_floats_do_not_use_are_not_tried_out(monkeypatch: pyte
     torch.testing.assert_close(list(compiled(X)), list(wavy(X)))
 
 
+@pytest.mark.parametrize("value", [0.1, -math.inf, 1e300, -0.0, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_single_numbers_of_a_graph_are_compiled_into_it(
+    monkeypatch: pytest.MonkeyPatch, value: float, dtype: torch.dtype
+) -> None:
+    """Vectors stay inputs, whose sizes torch checks at every call."""
+    number, vector, given = torch.tensor(value, dtype=dtype), torch.arange(7).to(dtype), []
+    inputs = torch._inductor.compile
+
+    def spy(graph: torch.fx.GraphModule, examples: object) -> Any:
+        given.extend(node.target for node in graph.graph.nodes if node.op == "get_attr")
+        return inputs(graph, examples)
+
+    monkeypatch.setattr(torch._inductor, "compile", spy)
+    graph = traced(lambda x: (x * number, torch.where(x < 1, x, number), torch.copysign(x, number), x + vector), [X])
+    found = compile_graph(graph, [X])
+    assert len(given) == 1
+    for one, other in zip(found(X), graph(X), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-15, atol=0, equal_nan=True)
+
+
 def test_compiling_leaves_random_numbers_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()

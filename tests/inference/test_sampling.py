@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import warnings
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_singular_matrices_are_rejected_and_other_errors_come_out() -> None:
 
     with pytest.raises(ValueError, match="sampling has failed: 'a bug at once'; check that the density is finite"):
         short(hopeless)
+
+
+def test_what_a_thread_knows_outlives_a_call() -> None:
+    """As in threads that Python starts; to make it anew would take longer than a small density."""
+    known, counts = threading.local(), []
+
+    def counted(position: np.ndarray) -> tuple[float, np.ndarray]:
+        known.calls = getattr(known, "calls", 0) + 1
+        counts.append(known.calls)
+        return normal(position)
+
+    short(counted, chains=1)
+    assert counts == list(range(1, len(counts) + 1))
 
 
 def test_two_islands_draw_a_warning_with_the_cure() -> None:
