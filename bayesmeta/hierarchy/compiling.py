@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import threading
 import types
 import warnings
@@ -146,7 +147,7 @@ def _cacheable(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         if isinstance(node.target, types.MethodDescriptorType):
             node.target = getattr(torch.ops.aten, node.target.__name__)
         elif node.op == "get_attr":
-            _inline(node, getattr(graph, node.target))
+            _inline(node, operator.attrgetter(node.target)(graph))
     return torch.fx.GraphModule(graph, copied)
 
 

@@ -86,8 +86,8 @@ def assess(
     if len(index) > CHECKED_TASKS:
         scale = len(index) / CHECKED_TASKS
         index = np.sort(index[torch.randperm(len(index))[:CHECKED_TASKS].numpy()])
-        evidence = evidence.of(density, tasks, index, calls=LOOKED_AT)
-    tasks = tasks[index]
+    if len(index) < len(tasks):
+        evidence, tasks = evidence.of(density, tasks, index, calls=LOOKED_AT), tasks[index]
     theta = resample_theta(shared, LOOKED_AT_AROUND_A_POINT if point else LOOKED_AT)
     found = compare(density, evidence, tasks, theta)
     return {"error": scale * found.error, "noise": scale * found.noise}

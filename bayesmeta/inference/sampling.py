@@ -144,7 +144,7 @@ class _Guarded:
 def _stay_attached() -> None:
     """Keeps what Python knows of this thread for its next call: of threads that others start it forgets it after each.
 
-    Making it anew takes a fifth of a sampler's time. What is kept is some kilobytes a thread.
+    Making it anew takes a fifth of a sampler's time. What is kept is some tens of kilobytes a thread at most.
     """
     ctypes.pythonapi.PyGILState_Ensure()
 
