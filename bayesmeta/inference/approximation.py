@@ -82,6 +82,8 @@ def assess(
         point: Whether θ is a point.
     """
     index = np.flatnonzero(np.asarray(tasks.sizes) > 0)
+    if not len(index):
+        return {"error": 0.0, "noise": 0.0}
     scale = 1.0
     if len(index) > CHECKED_TASKS:
         scale = len(index) / CHECKED_TASKS

@@ -125,6 +125,12 @@ def test_tasks_are_integrated_around_the_best_of_their_modes(empty: int) -> None
     assert fit.history.stages[0]["error"] < 0.1  # importance sampling starts from these modes too
 
 
+def test_tasks_without_any_row_have_evidence_without_error() -> None:
+    method = bm.Marginal(shared="map", chains=1, draws=50)
+    fit = bm.fit(waves, bm.Tasks.from_arrays([np.zeros((0, 1))] * 2, [np.zeros(0)] * 2), method=method, progress=False)
+    assert fit.history.stages[0]["error"] == 0 and fit.history.stages[0]["done"]
+
+
 def test_a_point_at_poor_modes_of_tasks_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mode, "ROUNDS", 0)
     with pytest.warns(UserWarning, match=r"quadrature, around one mode each\) is off by .* nats \(limit 3\)"):
